@@ -1,0 +1,26 @@
+"""Saliency Grafting (Park et al., AAAI 2022) as a fused operator for PyTorch."""
+
+from sg_kernels.backends import available_backends, unavailable_backends
+from sg_kernels.functional import (
+    GraftResult,
+    channel_saliency,
+    graft,
+    mix_criterion,
+    mix_targets,
+    saliency_graft,
+)
+from sg_kernels.nn import SaliencyGraft
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GraftResult",
+    "SaliencyGraft",
+    "available_backends",
+    "channel_saliency",
+    "graft",
+    "mix_criterion",
+    "mix_targets",
+    "saliency_graft",
+    "unavailable_backends",
+]

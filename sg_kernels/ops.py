@@ -1,0 +1,198 @@
+"""The operators torch.ops.sg_kernels.*: schemas, shapes, gradients.
+
+An operator has one overload per backend, ``torch.ops.sg_kernels.graft.cpp`` and so on. The schemas stand
+here and nowhere else; csrc implements them for ``cpp``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sg_kernels import backends, reference
+
+_GRAFT = "Tensor images, Tensor mask, Tensor index"
+_SALIENCY_GRAFT = (
+    "Tensor images, Tensor? features, Tensor? saliency, Tensor? index, Tensor? targets, "
+    "Tensor seed, Tensor(a!)? step, int rank, Tensor quantiles, int[2] grid_size, "
+    "float temperature, str normalize, float threshold, int? k, str norm, float prob, "
+    "int augmentations, bool no_fixed_points, int num_classes, float label_smoothing"
+)
+SCHEMAS = {
+    "channel_saliency": "(Tensor features) -> Tensor",
+    "graft": f"({_GRAFT}) -> Tensor",
+    "graft_out": f"(Tensor(a!) out, {_GRAFT}) -> ()",
+    "graft_backward": "(Tensor grad, Tensor mask, Tensor index, int augmentations) -> Tensor",
+    "mix_targets": (
+        "(Tensor targets, Tensor lam, Tensor index, int num_classes, float label_smoothing) -> Tensor"
+    ),
+    "saliency_graft": (
+        f"({_SALIENCY_GRAFT}) -> "
+        "(Tensor images, Tensor lam, Tensor index, Tensor mask, Tensor saliency, Tensor targets)"
+    ),
+    "saliency_graft_out": (
+        f"(Tensor(b!) out, {_SALIENCY_GRAFT}) -> "
+        "(Tensor lam, Tensor index, Tensor mask, Tensor saliency, Tensor targets)"
+    ),
+}
+
+
+def _reference_graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
+    reference.graft(images, mask, index, out)
+
+
+def _reference_saliency_graft(*args: Any) -> tuple[Tensor, ...]:
+    outputs = reference.saliency_graft(*args)
+    index = args[3]
+    if index is not None:  # an operator's output is never its input
+        outputs = (*outputs[:2], index.clone(), *outputs[3:])
+    return outputs
+
+
+_REFERENCE = {
+    "channel_saliency": reference.channel_saliency,
+    "graft": reference.graft,
+    "graft_out": _reference_graft_out,
+    "graft_backward": reference.graft_backward,
+    "mix_targets": reference.mix_targets,
+    "saliency_graft": _reference_saliency_graft,
+    "saliency_graft_out": lambda out, *args: _reference_saliency_graft(*args, out)[1:],
+}
+
+
+def _fake_channel_saliency(features: Tensor) -> Tensor:
+    batch, _, h, w = features.shape
+    return features.new_empty((batch, h, w), dtype=torch.float32)
+
+
+def _fake_graft(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
+    return reference.empty_rows(images, mask.shape[0])
+
+
+def _fake_graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
+    pass
+
+
+def _fake_graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int) -> Tensor:
+    return reference.empty_rows(grad, grad.shape[0] // augmentations)
+
+
+def _fake_mix_targets(
+    targets: Tensor, lam: Tensor, index: Tensor, num_classes: int, label_smoothing: float
+) -> Tensor:
+    return lam.new_empty((lam.shape[0], num_classes))
+
+
+def _fake_saliency_graft_out(out: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    images, features, saliency, _, targets = args[:5]
+    grid_size, augmentations, num_classes = args[9], args[16], args[18]
+    rows = augmentations * images.shape[0]
+    height, width = (saliency if features is None else features).shape[-2:]
+    return (
+        images.new_empty(rows, dtype=torch.float32),
+        images.new_empty(rows, dtype=torch.int64),
+        images.new_empty((rows, *grid_size), dtype=torch.bool),
+        images.new_empty((images.shape[0], height, width), dtype=torch.float32),
+        images.new_empty((rows, 0 if targets is None else num_classes), dtype=torch.float32),
+    )
+
+
+def _fake_saliency_graft(*args: Any) -> tuple[Tensor, ...]:
+    images, augmentations = args[0], args[16]
+    out = reference.empty_rows(images, augmentations * images.shape[0])
+    return (out, *_fake_saliency_graft_out(out, *args))
+
+
+_FAKE = {
+    "channel_saliency": _fake_channel_saliency,
+    "graft": _fake_graft,
+    "graft_out": _fake_graft_out,
+    "graft_backward": _fake_graft_backward,
+    "mix_targets": _fake_mix_targets,
+    "saliency_graft": _fake_saliency_graft,
+    "saliency_graft_out": _fake_saliency_graft_out,
+}
+
+_library = torch.library.Library("sg_kernels", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    for _backend in backends.DEVICES:
+        _library.define(f"{_name}.{_backend}{_schema}")
+        torch.library.register_fake(f"sg_kernels::{_name}.{_backend}", _FAKE[_name], lib=_library)
+    _library.impl(f"{_name}.reference", _REFERENCE[_name], "CompositeExplicitAutograd")
+
+_library.define("draw_seed() -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def draw_seed(generator: torch.Generator | None = None) -> Tensor:
+    """A fresh seed, int64 (1,), on the generator's device."""
+    device = "cpu" if generator is None else generator.device
+    return torch.empty(1, dtype=torch.int64, device=device).random_(generator=generator)
+
+
+# An operator, so that a compiled graph draws from torch's own generator, as eager code does.
+_library.impl("draw_seed", lambda: draw_seed(), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "sg_kernels::draw_seed", lambda: torch.empty(1, dtype=torch.int64), lib=_library
+)
+
+
+def overload(name: str, backend: str) -> Any:
+    """The operator ``name`` of ``backend``."""
+    return getattr(getattr(torch.ops.sg_kernels, name), backend)
+
+
+def _augmentations(rows: int, batch: int) -> int:
+    return rows // batch if batch else 1
+
+
+class Graft(torch.autograd.Function):
+    """The graft operator with its gradient, and that gradient's."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, mask: Tensor, index: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(mask, index)
+        ctx.backend = backend
+        ctx.augmentations = _augmentations(mask.shape[0], images.shape[0])
+        return overload("graft", backend)(images, mask, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask, index = ctx.saved_tensors
+        return GraftBackward.apply(grad, mask, index, ctx.augmentations, ctx.backend), None, None, None
+
+
+class GraftBackward(torch.autograd.Function):
+    """The graft_backward operator; its gradient is the graft, since both are linear."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, mask: Tensor, index: Tensor, augmentations: int, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(mask, index)
+        ctx.backend = backend
+        return overload("graft_backward", backend)(grad, mask, index, augmentations)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return Graft.apply(grad, *ctx.saved_tensors, ctx.backend), None, None, None, None
+
+
+class SaliencyGraft(torch.autograd.Function):
+    """The saliency_graft operator, differentiable with respect to the images."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, backend: str, *args: Any) -> tuple[Tensor, ...]:
+        outputs = overload("saliency_graft", backend)(images, *args)
+        _, lam, index, mask, saliency, targets = outputs
+        ctx.save_for_backward(mask, index)
+        ctx.mark_non_differentiable(lam, index, mask, saliency, targets)
+        ctx.backend = backend
+        ctx.augmentations = _augmentations(mask.shape[0], images.shape[0])
+        ctx.num_args = len(args)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
+        mask, index = ctx.saved_tensors
+        images_grad = GraftBackward.apply(grad, mask, index, ctx.augmentations, ctx.backend)
+        return images_grad, None, *[None] * ctx.num_args

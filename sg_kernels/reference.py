@@ -1,0 +1,231 @@
+"""Saliency Grafting (Park et al., AAAI 2022) in plain PyTorch: the specification of every backend.
+
+One function a stage, in the order of the paper and of :func:`saliency_graft`, which strings them
+together. The compiled backends have the same stages under the same names.
+
+Shapes: B images, rows = augmentations * B outputs. Row ``a * B + b`` grafts patches of image b, the
+source, onto image ``index[row]``, the destination. Maps are (B, h, w), float32; masks and grids
+(gh, gw).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sg_kernels import rng
+
+
+def channel_saliency(features: Tensor) -> Tensor:
+    """Stage 1: S[b, y, x] = sum over k of |features[b, k, y, x]|, without gradient."""
+    return features.detach().abs().sum(dim=1, dtype=torch.float32)
+
+
+def resample(saliency: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Stage 2: the map on the grid, axis by axis: area average where it shrinks, else nearest."""
+    (h, w), (gh, gw) = saliency.shape[1:], grid_size
+    if gh > h:
+        saliency = saliency[:, nearest(gh, h, saliency.device)]
+    if gw > w:
+        saliency = saliency[:, :, nearest(gw, w, saliency.device)]
+    return F.adaptive_avg_pool2d(saliency[:, None], grid_size)[:, 0]
+
+
+def nearest(size: int, source_size: int, device: torch.device) -> Tensor:
+    """For each of ``size`` positions, the one of ``source_size`` it falls into."""
+    return torch.arange(size, device=device) * source_size // size
+
+
+def normalize_scale(saliency: Tensor, normalize: str) -> Tensor:
+    """Stage 3: what the map is divided by before the softmax, (B, 1)."""
+    flat = saliency.flatten(1)
+    match normalize:
+        case "max":
+            return flat.amax(1, keepdim=True)
+        case "mean":
+            return flat.mean(1, keepdim=True)
+        case _:
+            return torch.ones_like(flat[:, :1])
+
+
+def select(
+    saliency: Tensor, normalize: str, temperature: float, threshold: float, k: int | None
+) -> Tensor:
+    """Stage 4: the salient cells, softmax(S / T) > threshold, or the k largest: bool (B, gh, gw)."""
+    flat = saliency.flatten(1)
+    if k is None:
+        peak = flat.amax(1, keepdim=True)
+        e = torch.exp((flat - peak) / normalize_scale(saliency, normalize) / temperature)
+        keep = (e > threshold * e.sum(1, keepdim=True)) & (flat.amin(1, keepdim=True) < peak)
+    else:
+        ranking = flat.argsort(dim=1, descending=True, stable=True)
+        keep = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, ranking[:, :k], True)
+    return (keep & flat.isfinite().all(1, keepdim=True)).view_as(saliency)
+
+
+def sample(
+    keep: Tensor, seed: Tensor, quantiles: Tensor, prob: float, augmentations: int, sampled: bool
+) -> Tensor:
+    """Stage 5: M = keep and Bernoulli(p), one p a draw: bool (rows, gh, gw).
+
+    With probability 1 - ``prob`` a draw grafts nothing: its M is all True, its rows the sources.
+    """
+    batch, gh, gw = keep.shape
+    p_word, gate_word = rng.words(seed, rng.Stream.KEEP_PROB, 2, draws=augmentations).unbind(-1)
+    mask = keep.flatten(1).expand(augmentations, batch, gh * gw)
+    if sampled:
+        word = rng.words(seed, rng.Stream.SAMPLING, gh * gw, batch, augmentations)
+        mask = mask & (word < rng.keep_threshold(p_word, quantiles)[..., None])
+    mask = mask | (gate_word >= int(prob * rng.ONE))[..., None]
+    return mask.reshape(-1, gh, gw)
+
+
+def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """Stage 6: the source's pixels where M is True, the destination's elsewhere. A copy, bit for bit.
+
+    A row whose index is out of range takes all its pixels from its source.
+    """
+    (batch, _, height, width), (rows, gh, gw) = images.shape, mask.shape
+    source = torch.arange(rows, device=index.device) % max(batch, 1)
+    destination = torch.where(in_range(index, batch), index, source)
+    cell_row = nearest(height, gh, mask.device)[:, None]
+    if out is None:
+        out = empty_rows(images, rows)
+    torch.where(
+        mask[:, None, cell_row, nearest(width, gw, mask.device)],
+        images if rows == batch else images[source],
+        images[destination],
+        out=out,
+    )
+    return out
+
+
+def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int) -> Tensor:
+    """Stage 6, transposed: each pixel's gradient goes to the image that it was copied from."""
+    (rows, gh, gw), (height, width) = mask.shape, grad.shape[2:]
+    batch = rows // augmentations
+    source = torch.arange(rows, device=index.device) % max(batch, 1)
+    destination = torch.where(in_range(index, batch), index, source)
+    from_source = mask[
+        :, None, nearest(height, gh, mask.device)[:, None], nearest(width, gw, mask.device)
+    ]
+    total = torch.zeros_like(
+        empty_rows(grad, batch), dtype=torch.promote_types(grad.dtype, torch.float32)
+    )
+    total.index_add_(0, source, torch.where(from_source, grad, 0).to(total.dtype))
+    total.index_add_(0, destination, torch.where(from_source, 0, grad).to(total.dtype))
+    return total.to(grad.dtype)
+
+
+def label_ratio(saliency: Tensor, mask: Tensor, index: Tensor, norm: str) -> Tensor:
+    """Stage 7: the weight lam of the row's own label, float32 (rows,).
+
+    I(S_i, M) / (I(S_i, M) + I(S_j, 1 - M)) with I(S, M) = ||S M|| / ||S||. Where a norm or the
+    denominator is 0 or not finite, and for ``norm="area"``, the share of True cells. NaN where the
+    index is out of range.
+    """
+    batch = saliency.shape[0]
+    mask = mask.flatten(1)
+    valid = in_range(index, batch)
+    lam = mask.float().mean(1)
+    if norm != "area":
+        flat = saliency.flatten(1)
+        weight = flat / flat.amax(1, keepdim=True)  # I does not change; squares cannot overflow
+        if norm != "l1":
+            weight = weight.square()
+        share = weight / weight.sum(1, keepdim=True)
+        kept = (share.repeat(mask.shape[0] // max(batch, 1), 1) * mask).sum(1)
+        left = (share[torch.where(valid, index, 0)] * ~mask).sum(1)
+        if norm == "l2":
+            kept, left = kept.sqrt(), left.sqrt()
+        ratio = kept / (kept + left)
+        lam = torch.where(ratio.isfinite(), ratio, lam)
+    return torch.where(valid, lam, torch.nan)
+
+
+def mix_targets(
+    targets: Tensor, lam: Tensor, index: Tensor, num_classes: int, label_smoothing: float
+) -> Tensor:
+    """Stage 8: lam * y_i + (1 - lam) * y_j, smoothed, float32 (rows, num_classes).
+
+    ``targets`` are class ids (B,) or dense rows (B, num_classes). A row that meets a class id or an
+    index out of range is NaN.
+    """
+    batch = targets.shape[0]
+    if targets.dim() == 1:
+        classes = torch.arange(num_classes, device=targets.device)
+        one_hot = (targets[:, None] == classes).float()
+        targets = torch.where(in_range(targets, num_classes)[:, None], one_hot, torch.nan)
+    valid = in_range(index, batch)
+    own = targets.float().repeat(index.shape[0] // max(batch, 1), 1)
+    other = own[torch.where(valid, index, 0)]
+    lam = torch.where(valid, lam, torch.nan)[:, None]
+    mixed = lam * own + (1 - lam) * other
+    return (1 - label_smoothing) * mixed + label_smoothing / max(num_classes, 1)
+
+
+def in_range(value: Tensor, size: int) -> Tensor:
+    return (value >= 0) & (value < size)
+
+
+def empty_rows(images: Tensor, rows: int) -> Tensor:
+    """An uninitialised output of ``rows`` images, in the memory format of ``images``."""
+    channels_last = 0 < images.stride(1) < images.stride(3)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(
+        (rows, *images.shape[1:]),
+        dtype=images.dtype,
+        device=images.device,
+        memory_format=memory_format,
+    )
+
+
+def saliency_graft(
+    images: Tensor,
+    features: Tensor | None,
+    saliency: Tensor | None,
+    index: Tensor | None,
+    targets: Tensor | None,
+    seed: Tensor,
+    step: Tensor | None,
+    rank: int,
+    quantiles: Tensor,
+    grid_size: tuple[int, int],
+    temperature: float,
+    normalize: str,
+    threshold: float,
+    k: int | None,
+    norm: str,
+    prob: float,
+    augmentations: int,
+    no_fixed_points: bool,
+    num_classes: int,
+    label_smoothing: float,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The whole method: images, lam, index, mask, saliency, targets.
+
+    The arguments are those of the operator of the same name: :func:`sg_kernels.saliency_graft`
+    fills them in from its own. ``step`` is advanced by one. Without ``targets`` the last output has
+    no columns.
+    """
+    if step is not None:
+        seed = rng.call_seed(seed, step.clone(), rank)
+        step += 1
+    if index is None:
+        index = rng.pairing(seed, images.shape[0], augmentations, no_fixed_points).flatten()
+    if features is not None:
+        saliency = channel_saliency(features)
+    else:
+        saliency = torch.where(saliency >= 0, saliency, torch.nan).float()
+    grid = resample(saliency, grid_size)
+    keep = select(grid, normalize, temperature, threshold, k)
+    mask = sample(keep, seed, quantiles, prob, augmentations, sampled=k is None)
+    grafted = graft(images, mask, index, out)
+    lam = label_ratio(grid, mask, index, norm)
+    if targets is None:
+        mixed = lam.new_empty(lam.shape[0], 0)
+    else:
+        mixed = mix_targets(targets, lam, index, num_classes, label_smoothing)
+        if targets.dim() == 1:  # a class id out of range makes its rows NaN: lam says so too
+            lam = torch.where(mixed[:, 0].isnan(), torch.nan, lam)
+    return grafted, lam, index, mask, saliency, mixed

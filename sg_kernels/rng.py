@@ -1,0 +1,131 @@
+"""Every random draw of the method: Philox4x32-10, its counter layout, and what is made of its words.
+
+One 64-bit seed is the key; the counter says which draw is meant, so a draw depends on nothing else:
+
+    c0  block: word ``i`` of a stream is word ``i % 4`` of block ``i // 4``
+    c1  row: the sample b in the batch, 0 where the whole batch shares the draw
+    c2  draw: the augmentation a, 0 .. augmentations - 1
+    c3  stream: one of :class:`Stream`
+
+Words are uint32, held in int64 tensors here, and compared as integers: no backend rounds a draw. The
+same layout stands in csrc/philox.h.
+"""
+
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Word = int | Tensor
+
+MASK32 = 0xFFFFFFFF
+ONE = 1 << 32
+"""Probability 1 as an integer threshold: every uint32 word lies below it."""
+
+QUANTILE_BINS = 1024
+QUANTILE_BITS = 24
+"""Table nodes are rounded to this many bits, coarse enough that no libm's last bit shows in them."""
+
+
+class Stream(IntEnum):
+    """What a counter's last word stands for."""
+
+    SAMPLING = 0  # per row: word c decides cell c
+    KEEP_PROB = 1  # word 0 draws p, word 1 decides whether the call grafts at all
+    PAIRING = 2  # word b is the ticket of sample b
+    GRID_SIZE = 3  # word 0 picks one of the sizes
+    CALL = 4  # block and row hold the step, draw the rank: words 0 and 1 are the seed of that call
+
+
+def philox(
+    c0: Word, c1: Word, c2: Word, c3: Word, seed: Word
+) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32-10 (Salmon et al., SC 2011) on Python ints or broadcastable int64 tensors.
+
+    The counter words are uint32 values; ``seed`` gives the key, low word first. Returns four uint32
+    words. A product of two words may wrap in int64, which keeps all 64 of its bits.
+    """
+    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & MASK32) ^ c1 ^ k0,
+            p1 & MASK32,
+            ((p0 >> 32) & MASK32) ^ c3 ^ k1,
+            p0 & MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+def words(seed: Tensor, stream: Stream, count: int, rows: int = 1, draws: int = 1) -> Tensor:
+    """The first ``count`` words of every row and draw of a stream: int64 (draws, rows, count)."""
+    block = torch.arange(-(-count // 4), device=seed.device)
+    row = torch.arange(rows, device=seed.device)[:, None]
+    draw = torch.arange(draws, device=seed.device)[:, None, None]
+    return torch.stack(philox(block, row, draw, stream, seed), dim=-1).flatten(2)[..., :count]
+
+
+def call_seed(seed: Word, step: Word, rank: int) -> Word:
+    """The seed of call number ``step`` on process ``rank``, from the seed that all of them share."""
+    low, high, _, _ = philox(step & MASK32, (step >> 32) & MASK32, rank, Stream.CALL, seed)
+    return low | high << 32
+
+
+def pairing(seed: Tensor, batch: int, draws: int, no_fixed_points: bool) -> Tensor:
+    """A random permutation of the batch per draw: int64 (draws, batch).
+
+    Each sample holds a 32-bit ticket and index[b] is the rank of b's (ties: lower sample first), so all
+    permutations are equally likely. With ``no_fixed_points`` index[b] is the holder of the next higher
+    ticket, the last wrapping to the first: all cyclic permutations are, and no sample meets itself.
+    """
+    tickets = words(seed, Stream.PAIRING, batch, draws=draws)[:, 0]
+    order = tickets.argsort(dim=1, stable=True)
+    if no_fixed_points:
+        return torch.empty_like(order).scatter_(1, order, order.roll(-1, dims=1))
+    return order.argsort(dim=1)
+
+
+@lru_cache
+def _beta_quantiles(alpha: float) -> tuple[int, ...]:
+    # With x = 1 / (1 + exp(t)) the density in t is (2 cosh(t/2))^(-2 alpha): smooth, no pole at any
+    # alpha. Its tail beyond t is about exp(-alpha t), and the width of its bulk sqrt(2 / alpha).
+    t = np.linspace(0.0, 40.0 / alpha + 16.0 / np.sqrt(alpha), 1 << 16)
+    log_density = -2.0 * alpha * (np.logaddexp(t / 2, -t / 2) - np.log(2.0))
+    density = np.exp(log_density)
+    upper = np.cumsum(((density[1:] + density[:-1]) / 2)[::-1])[::-1]
+    tail = np.append(upper, 0.0) / (2.0 * upper[0])  # P(T > t); 1/2 at t = 0, by symmetry
+    nodes = np.arange(QUANTILE_BINS // 2 + 1) / QUANTILE_BINS
+    x = np.exp(-np.logaddexp(0.0, np.interp(nodes, tail[::-1], t[::-1])))
+    x[0] = 0.0
+    lower_half = np.rint(x * (1 << QUANTILE_BITS)).astype(np.int64) << (32 - QUANTILE_BITS)
+    return tuple(np.concatenate([lower_half, ONE - lower_half[-2::-1]]).tolist())
+
+
+def beta_quantiles(alpha: float) -> Tensor:
+    """Inverse CDF of Beta(alpha, alpha) at k/1024, as thresholds: int64 (1025,), 0 .. 2**32.
+
+    Any ``alpha`` > 0. :func:`keep_threshold` interpolates between the nodes, so the CDF of what is
+    drawn is nowhere off by 1/1024.
+    """
+    return torch.tensor(_beta_quantiles(alpha))
+
+
+def fixed_quantiles(keep_prob: float) -> Tensor:
+    """The table of a constant p: one bin, int64 (2,)."""
+    return torch.full((2,), int(keep_prob * ONE))
+
+
+def keep_threshold(word: Tensor, quantiles: Tensor) -> Tensor:
+    """The threshold below which a word keeps its cell: the inverse CDF at ``word``, in integers."""
+    shift = 32 - ((quantiles.numel() - 1).bit_length() - 1)
+    low = quantiles[word >> shift]
+    high = quantiles[(word >> shift) + 1]
+    return low + ((high - low) * (word & (1 << shift) - 1) >> shift)
+
+
+def draw_grid_size(seed: int, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """One of ``sizes``, each as likely (paper: the grid's scale is drawn per mini-batch)."""
+    return sizes[int(philox(0, 0, 0, Stream.GRID_SIZE, seed)[0]) * len(sizes) >> 32]
