@@ -1,0 +1,366 @@
+// Stages 2 to 8 on the CPU.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "kernels.h"
+
+namespace sg_kernels::cpu {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+bool in_range(std::int64_t value, std::int64_t size) { return value >= 0 && value < size; }
+
+// Neighbouring pixels of a line that come from one image.
+struct Run {
+  std::int64_t begin, end;
+  bool own;
+};
+
+// The runs of every line in one row of cells.
+void find_runs(const bool* cells, std::int64_t count, std::int64_t width, std::vector<Run>& runs) {
+  runs.clear();
+  for (std::int64_t cell = 0; cell < count; ++cell) {
+    const std::int64_t end = first_pixel(cell + 1, width, count);
+    if (!runs.empty() && runs.back().own == cells[cell])
+      runs.back().end = end;
+    else
+      runs.push_back({first_pixel(cell, width, count), end, cells[cell]});
+  }
+}
+
+// A batch seen as lines of pixels. Where the channels of a pixel lie together in every batch concerned,
+// they are one pixel of one channel.
+struct Lines {
+  std::int64_t channels, height, width, pixel;  // pixel in bytes
+  bool dense;                                   // pixels of a line lie side by side
+};
+
+template <class... Batches>
+Lines lines_of(std::int64_t element_size, const Batch& first, const Batches&... rest) {
+  const auto side_by_side = [&](std::int64_t pixel) {
+    const auto holds = [&](const Batch& b) { return b.column_stride == pixel || b.width == 1; };
+    return holds(first) && (holds(rest) && ...);
+  };
+  const auto together = [&](const Batch& b) { return b.channel_stride == element_size; };
+  const std::int64_t whole = first.channels * element_size;
+  if (together(first) && (together(rest) && ...) && side_by_side(whole))
+    return {1, first.height, first.width, whole, true};
+  return {first.channels, first.height, first.width, element_size, side_by_side(element_size)};
+}
+
+template <std::int64_t kPixel>
+void copy_strided(
+    char* to, std::int64_t to_stride, const char* from, std::int64_t from_stride, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i)
+    std::memcpy(to + i * to_stride, from + i * from_stride, kPixel);
+}
+
+void copy_pixels(
+    const Lines& lines, char* to, std::int64_t to_stride, const char* from,
+    std::int64_t from_stride, std::int64_t count) {
+  if (lines.dense) {
+    std::memcpy(to, from, count * lines.pixel);
+    return;
+  }
+  switch (lines.pixel) {
+    case 1: return copy_strided<1>(to, to_stride, from, from_stride, count);
+    case 2: return copy_strided<2>(to, to_stride, from, from_stride, count);
+    case 4: return copy_strided<4>(to, to_stride, from, from_stride, count);
+    case 8: return copy_strided<8>(to, to_stride, from, from_stride, count);
+    default: return copy_strided<16>(to, to_stride, from, from_stride, count);
+  }
+}
+
+// One row of cells of one image: every line in it has the same runs.
+void graft_band(
+    const Lines& lines, const Batch& out, char* to, const Batch& images, const char* own,
+    const char* other, std::int64_t begin, std::int64_t end, const std::vector<Run>& runs) {
+  const std::int64_t line = lines.width * lines.pixel;
+  const bool whole = runs.size() == 1 && lines.dense &&
+      ((out.row_stride == line && images.row_stride == line) || end - begin == 1);
+  for (std::int64_t c = 0; c < lines.channels; ++c) {
+    const std::int64_t from_plane = c * images.channel_stride, to_plane = c * out.channel_stride;
+    if (whole) {
+      const char* from = (runs[0].own ? own : other) + from_plane + begin * images.row_stride;
+      std::memcpy(to + to_plane + begin * out.row_stride, from, (end - begin) * line);
+      continue;
+    }
+    for (std::int64_t y = begin; y < end; ++y) {
+      const std::int64_t from_line = from_plane + y * images.row_stride;
+      char* to_line = to + to_plane + y * out.row_stride;
+      for (const Run& run : runs) {
+        const char* from = (run.own ? own : other) + from_line + run.begin * images.column_stride;
+        copy_pixels(
+            lines, to_line + run.begin * out.column_stride, out.column_stride, from,
+            images.column_stride, run.end - run.begin);
+      }
+    }
+  }
+}
+
+struct Contribution {
+  std::int64_t row;
+  bool own;
+};
+
+// For each image, the rows whose gradient it receives: its own, then those it is the destination of.
+std::vector<std::vector<Contribution>> contributions(
+    const std::int64_t* index, std::int64_t batch, std::int64_t rows) {
+  std::vector<std::vector<Contribution>> lists(batch);
+  for (std::int64_t r = 0; r < rows; ++r) lists[r % batch].push_back({r, true});
+  for (std::int64_t r = 0; r < rows; ++r)
+    lists[in_range(index[r], batch) ? index[r] : r % batch].push_back({r, false});
+  return lists;
+}
+
+// Sums in Sum, in the order of the list, and rounds once.
+template <class T, class Sum>
+void sum_contributions(
+    const Batch& grad, const bool* mask, Grid grid, const std::int64_t* index, const Batch& out) {
+  const auto lists = contributions(index, out.batch, grad.batch);
+  const Lines lines = lines_of(sizeof(T), grad, out);
+  const std::int64_t per_pixel = lines.pixel / sizeof(T);
+  const std::int64_t from_stride = lines.dense ? lines.pixel : grad.column_stride;
+  const std::int64_t to_stride = lines.dense ? lines.pixel : out.column_stride;
+  const auto element = [](auto* line, std::int64_t stride, std::int64_t x, std::int64_t i) {
+    return line + x * stride + i * static_cast<std::int64_t>(sizeof(T));
+  };
+  const auto sum_bands = [&](std::int64_t first, std::int64_t last) {
+    std::vector<Sum> sums(lines.width * per_pixel);
+    std::vector<std::vector<Run>> runs;
+    for (std::int64_t unit = first; unit < last; ++unit) {
+      const std::int64_t b = unit / grid.height, band = unit % grid.height;
+      const auto& list = lists[b];
+      runs.resize(std::max(runs.size(), list.size()));
+      for (std::size_t i = 0; i < list.size(); ++i)
+        find_runs(
+            mask + list[i].row * grid.cells() + band * grid.width, grid.width, lines.width, runs[i]);
+      const std::int64_t begin = first_pixel(band, lines.height, grid.height);
+      const std::int64_t end = first_pixel(band + 1, lines.height, grid.height);
+      for (std::int64_t c = 0; c < lines.channels; ++c)
+        for (std::int64_t y = begin; y < end; ++y) {
+          std::fill(sums.begin(), sums.end(), Sum{0});
+          for (std::size_t i = 0; i < list.size(); ++i) {
+            const char* from = grad.data + list[i].row * grad.batch_stride +
+                c * grad.channel_stride + y * grad.row_stride;
+            for (const Run& run : runs[i]) {
+              if (run.own != list[i].own) continue;
+              for (std::int64_t x = run.begin; x < run.end; ++x)
+                for (std::int64_t e = 0; e < per_pixel; ++e) {
+                  T value;
+                  std::memcpy(&value, element(from, from_stride, x, e), sizeof value);
+                  sums[x * per_pixel + e] += static_cast<Sum>(value);
+                }
+            }
+          }
+          char* to = out.data + b * out.batch_stride + c * out.channel_stride + y * out.row_stride;
+          for (std::int64_t x = 0; x < lines.width; ++x)
+            for (std::int64_t e = 0; e < per_pixel; ++e) {
+              const T value = static_cast<T>(sums[x * per_pixel + e]);
+              std::memcpy(element(to, to_stride, x, e), &value, sizeof value);
+            }
+        }
+    }
+  };
+  const std::int64_t pixels = out.channels * out.height * out.width;
+  parallel_for(out.batch * grid.height, 4 * pixels / grid.height, sum_bands);
+}
+
+}  // namespace
+
+void resample(const float* map, std::int64_t batch, Grid from, float* grid, Grid to) {
+  parallel_for(batch, from.cells() + to.cells(), [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t b = first; b < last; ++b)
+      for (std::int64_t y = 0; y < to.height; ++y)
+        for (std::int64_t x = 0; x < to.width; ++x)
+          grid[b * to.cells() + y * to.width + x] = sg_kernels::resample(
+              map + b * from.cells(), from.width, window(y, from.height, to.height),
+              window(x, from.width, to.width));
+  });
+}
+
+void select(const float* grid, std::int64_t batch, Grid size, const Selection& selection, bool* keep) {
+  const std::int64_t cells = size.cells();
+  const auto by_threshold = [&](const float* map, float peak, double sum, bool* kept) {
+    float scale = 1.0f;
+    if (selection.normalize == Normalize::kMax) scale = peak;
+    if (selection.normalize == Normalize::kMean) scale = static_cast<float>(sum / cells);
+    const auto numerator = [&](float value) {
+      return softmax_numerator(value, peak, scale, selection.temperature);
+    };
+    double total = 0.0;
+    for (std::int64_t c = 0; c < cells; ++c) total += numerator(map[c]);
+    const float bar = selection.threshold * static_cast<float>(total);
+    for (std::int64_t c = 0; c < cells; ++c) kept[c] = numerator(map[c]) > bar;
+  };
+  const auto by_rank = [&](const float* map, bool* kept, std::vector<std::int64_t>& order) {
+    order.resize(cells);
+    std::iota(order.begin(), order.end(), std::int64_t{0});
+    std::nth_element(
+        order.begin(), order.begin() + (selection.k - 1), order.end(),
+        [map](std::int64_t a, std::int64_t b) {
+          return map[a] != map[b] ? map[a] > map[b] : a < b;
+        });
+    std::fill(kept, kept + cells, false);
+    for (std::int64_t i = 0; i < selection.k; ++i) kept[order[i]] = true;
+  };
+  parallel_for(batch, 32 * cells, [&](std::int64_t first, std::int64_t last) {
+    std::vector<std::int64_t> order;
+    for (std::int64_t b = first; b < last; ++b) {
+      const float* map = grid + b * cells;
+      bool* kept = keep + b * cells;
+      const auto [low, high] = std::minmax_element(map, map + cells);
+      const bool finite =
+          std::all_of(map, map + cells, [](float value) { return std::isfinite(value); });
+      const double sum = std::accumulate(map, map + cells, 0.0);
+      if (!finite || (selection.k == 0 && *low == *high))
+        std::fill(kept, kept + cells, false);
+      else if (selection.k == 0)
+        by_threshold(map, *high, sum, kept);
+      else
+        by_rank(map, kept, order);
+    }
+  });
+}
+
+void pairing(
+    std::uint64_t seed, std::int64_t batch, std::int64_t draws, bool no_fixed_points,
+    std::int64_t* index) {
+  std::vector<std::uint64_t> tickets(batch);  // the sample's number breaks ties
+  for (std::int64_t draw = 0; draw < draws; ++draw, index += batch) {
+    for (std::int64_t b = 0; b < batch; ++b) {
+      const Words words = philox(b / 4, 0, draw, kPairing, seed);
+      tickets[b] = std::uint64_t{words.word[b % 4]} << 32 | static_cast<std::uint64_t>(b);
+    }
+    std::sort(tickets.begin(), tickets.end());
+    const auto holder = [&](std::int64_t rank) {
+      return static_cast<std::int64_t>(tickets[rank % batch] & 0xFFFFFFFFu);
+    };
+    for (std::int64_t rank = 0; rank < batch; ++rank)
+      index[holder(rank)] = no_fixed_points ? holder(rank + 1) : rank;
+  }
+}
+
+void sample(
+    const bool* keep, std::int64_t batch, std::int64_t rows, std::int64_t cells,
+    const Sampling& sampling, bool* mask) {
+  const std::int64_t gate = threshold_of(sampling.prob);
+  parallel_for(rows, 8 * cells, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t r = first; r < last; ++r) {
+      const std::int64_t b = r % batch, draw = r / batch;
+      const bool* kept = keep + b * cells;
+      bool* out = mask + r * cells;
+      const Words shared = philox(0, 0, draw, kKeepProb, sampling.seed);
+      if (shared.word[1] >= gate) {
+        std::fill(out, out + cells, true);
+        continue;
+      }
+      if (!sampling.sampled) {
+        std::copy(kept, kept + cells, out);
+        continue;
+      }
+      const std::int64_t p = keep_threshold(shared.word[0], sampling.quantiles, sampling.bins);
+      for (std::int64_t block = 0; block * 4 < cells; ++block) {
+        const Words words = philox(block, b, draw, kSampling, sampling.seed);
+        for (std::int64_t c = block * 4; c < std::min(block * 4 + 4, cells); ++c)
+          out[c] = kept[c] && words.word[c % 4] < p;
+      }
+    }
+  });
+}
+
+void label_ratio(
+    const float* grid, const bool* mask, const std::int64_t* index, std::int64_t batch,
+    std::int64_t rows, std::int64_t cells, Norm norm, float* lam) {
+  // The share of a sample's weight in the cells where the mask is `where`.
+  const auto share = [&](std::int64_t b, const bool* kept, bool where) {
+    const float* map = grid + b * cells;
+    const float peak = *std::max_element(map, map + cells);
+    double part = 0.0, whole = 0.0;
+    for (std::int64_t c = 0; c < cells; ++c) {
+      const float w = weight(map[c], peak, norm);
+      whole += w;
+      if (kept[c] == where) part += w;
+    }
+    return static_cast<float>(part / whole);
+  };
+  parallel_for(rows, 4 * cells, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t r = first; r < last; ++r) {
+      const bool* kept = mask + r * cells;
+      const float area = static_cast<float>(std::count(kept, kept + cells, true)) / cells;
+      if (!in_range(index[r], batch))
+        lam[r] = kNaN;
+      else if (norm == Norm::kArea)
+        lam[r] = area;
+      else
+        lam[r] = sg_kernels::label_ratio(
+            share(r % batch, kept, true), share(index[r], kept, false), area, norm);
+    }
+  });
+}
+
+void mix_targets(
+    const Targets& targets, const float* lam, const std::int64_t* index, std::int64_t batch,
+    std::int64_t rows, float* out) {
+  const std::int64_t classes = targets.classes;
+  const float width = static_cast<float>(classes);
+  const auto known = [&](std::int64_t b) {
+    return targets.ids == nullptr || in_range(targets.ids[b], classes);
+  };
+  const auto target = [&](std::int64_t b, std::int64_t n) {
+    return targets.ids == nullptr ? targets.rows[b * classes + n]
+                                  : static_cast<float>(targets.ids[b] == n);
+  };
+  parallel_for(rows, 2 * classes, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t r = first; r < last; ++r) {
+      const std::int64_t i = r % batch, j = index[r];
+      const bool valid = in_range(j, batch) && known(i) && known(j);
+      for (std::int64_t n = 0; n < classes; ++n)
+        out[r * classes + n] =
+            valid ? mix_target(target(i, n), target(j, n), lam[r], targets.smoothing, width) : kNaN;
+    }
+  });
+}
+
+void graft(
+    const Batch& images, std::int64_t element_size, const bool* mask, Grid grid,
+    const std::int64_t* index, const Batch& out) {
+  const Lines lines = lines_of(element_size, images, out);
+  const std::int64_t bytes = images.channels * images.height * images.width * element_size;
+  parallel_for(
+      out.batch * grid.height, bytes / (4 * grid.height), [&](std::int64_t first, std::int64_t last) {
+        std::vector<Run> runs;
+        for (std::int64_t unit = first; unit < last; ++unit) {
+          const std::int64_t r = unit / grid.height, band = unit % grid.height;
+          const std::int64_t own = r % images.batch;
+          const std::int64_t other = in_range(index[r], images.batch) ? index[r] : own;
+          find_runs(mask + r * grid.cells() + band * grid.width, grid.width, lines.width, runs);
+          graft_band(
+              lines, out, out.data + r * out.batch_stride, images,
+              images.data + own * images.batch_stride, images.data + other * images.batch_stride,
+              first_pixel(band, lines.height, grid.height),
+              first_pixel(band + 1, lines.height, grid.height), runs);
+        }
+      });
+}
+
+void graft_backward(
+    const Batch& grad, Float type, const bool* mask, Grid grid, const std::int64_t* index,
+    const Batch& out) {
+  using torch::headeronly::BFloat16;
+  using torch::headeronly::Half;
+  switch (type) {
+    case Float::kHalf: return sum_contributions<Half, float>(grad, mask, grid, index, out);
+    case Float::kBFloat16: return sum_contributions<BFloat16, float>(grad, mask, grid, index, out);
+    case Float::kFloat: return sum_contributions<float, float>(grad, mask, grid, index, out);
+    case Float::kDouble: return sum_contributions<double, double>(grad, mask, grid, index, out);
+  }
+}
+
+}  // namespace sg_kernels::cpu

@@ -1,0 +1,96 @@
+// What the CPU kernels take: plain pointers, sizes and strides. library.cpp fills them from tensors.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../graft.h"
+
+namespace sg_kernels::cpu {
+
+enum class Float { kHalf, kBFloat16, kFloat, kDouble };
+
+// A strided (batch, channels, height, width) array; strides in bytes.
+struct Batch {
+  char* data;
+  std::int64_t batch, channels, height, width;
+  std::int64_t batch_stride, channel_stride, row_stride, column_stride;
+};
+
+struct Grid {
+  std::int64_t height, width;
+  std::int64_t cells() const { return height * width; }
+};
+
+struct Selection {
+  float temperature;
+  Normalize normalize;
+  float threshold;
+  std::int64_t k;  // 0: by threshold
+};
+
+struct Sampling {
+  std::uint64_t seed;
+  const std::int64_t* quantiles;
+  std::int64_t bins;
+  double prob;
+  bool sampled;
+};
+
+struct Targets {
+  const std::int64_t* ids;  // one of ids and rows
+  const float* rows;
+  std::int64_t classes;
+  float smoothing;
+};
+
+// Runs body(begin, end) over [0, count) in threads that have enough to do each; `work` is an item's
+// cost in elements.
+template <class Body>
+void parallel_for(std::int64_t count, std::int64_t work, const Body& body) {
+  constexpr std::int64_t kWorkPerThread = 32768;
+  if (count > 0)
+    torch::stable::parallel_for(
+        0, count, std::max<std::int64_t>(1, kWorkPerThread / std::max<std::int64_t>(1, work)), body);
+}
+
+// map: (batch, height, width), contiguous.
+void channel_saliency(const Batch& features, Float type, float* map);
+
+void resample(const float* map, std::int64_t batch, Grid from, float* grid, Grid to);
+
+// keep: (batch, cells).
+void select(const float* grid, std::int64_t batch, Grid size, const Selection& selection, bool* keep);
+
+// index: (draws, batch).
+void pairing(
+    std::uint64_t seed, std::int64_t batch, std::int64_t draws, bool no_fixed_points,
+    std::int64_t* index);
+
+// mask: (rows, cells), rows a multiple of batch.
+void sample(
+    const bool* keep, std::int64_t batch, std::int64_t rows, std::int64_t cells,
+    const Sampling& sampling, bool* mask);
+
+void label_ratio(
+    const float* grid, const bool* mask, const std::int64_t* index, std::int64_t batch,
+    std::int64_t rows, std::int64_t cells, Norm norm, float* lam);
+
+// Mixes into out, (rows, classes); a class id out of range makes its rows NaN.
+void mix_targets(
+    const Targets& targets, const float* lam, const std::int64_t* index, std::int64_t batch,
+    std::int64_t rows, float* out);
+
+// Copies element_size bytes an element; out has one image a row of mask, (rows, grid).
+void graft(
+    const Batch& images, std::int64_t element_size, const bool* mask, Grid grid,
+    const std::int64_t* index, const Batch& out);
+
+// grad has one image a row of mask; out is the gradient of `augmentations` times fewer images.
+void graft_backward(
+    const Batch& grad, Float type, const bool* mask, Grid grid, const std::int64_t* index,
+    const Batch& out);
+
+}  // namespace sg_kernels::cpu

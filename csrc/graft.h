@@ -1,0 +1,69 @@
+// The arithmetic of single cells, for host and device: stage names as in sg_kernels/reference.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "philox.h"
+
+namespace sg_kernels {
+
+enum class Normalize { kMax, kMean, kNone };
+enum class Norm { kL1, kL2, kL2Squared, kArea };
+
+struct Window {
+  std::int64_t begin, end;
+};
+
+// The cells of a map of `size` that cell `position` of a grid of `grid` averages over, on one axis.
+SG_HOST_DEVICE inline Window window(std::int64_t position, std::int64_t size, std::int64_t grid) {
+  const std::int64_t begin = position * size / grid;
+  const std::int64_t end = grid >= size ? begin + 1 : ((position + 1) * size + grid - 1) / grid;
+  return {begin, end};
+}
+
+// The first pixel of `size` that lies in cell `cell` of `grid`: pixel y lies in cell y * grid / size.
+SG_HOST_DEVICE inline std::int64_t first_pixel(
+    std::int64_t cell, std::int64_t size, std::int64_t grid) {
+  return (cell * size + grid - 1) / grid;
+}
+
+SG_HOST_DEVICE inline float resample(
+    const float* map, std::int64_t width, Window rows, Window columns) {
+  float sum = 0.0f;
+  for (std::int64_t y = rows.begin; y < rows.end; ++y)
+    for (std::int64_t x = columns.begin; x < columns.end; ++x) sum += map[y * width + x];
+  return sum / static_cast<float>((rows.end - rows.begin) * (columns.end - columns.begin));
+}
+
+// A ready map's value: what is not >= 0 counts as NaN, so its sample keeps nothing.
+SG_HOST_DEVICE inline float checked_saliency(float value) { return value >= 0.0f ? value : NAN; }
+
+SG_HOST_DEVICE inline float softmax_numerator(
+    float value, float peak, float scale, float temperature) {
+  return expf((value - peak) / scale / temperature);
+}
+
+// A cell's share of ||S||, up to the sum of weights. Dividing by the peak keeps squares from overflowing.
+SG_HOST_DEVICE inline float weight(float value, float peak, Norm norm) {
+  const float scaled = value / peak;
+  return norm == Norm::kL1 ? scaled : scaled * scaled;
+}
+
+// lam, from the shares of weight that survive of the source and of the destination.
+SG_HOST_DEVICE inline float label_ratio(float kept, float left, float area, Norm norm) {
+  if (norm == Norm::kArea) return area;
+  if (norm == Norm::kL2) {
+    kept = sqrtf(kept);
+    left = sqrtf(left);
+  }
+  const float ratio = kept / (kept + left);
+  return ratio - ratio == 0.0f ? ratio : area;
+}
+
+SG_HOST_DEVICE inline float mix_target(
+    float own, float other, float lam, float smoothing, float classes) {
+  return (1.0f - smoothing) * (lam * own + (1.0f - lam) * other) + smoothing / classes;
+}
+
+}  // namespace sg_kernels

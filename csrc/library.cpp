@@ -1,0 +1,338 @@
+// The cpp backend's operators on the LibTorch stable ABI. Their schemas stand in sg_kernels/ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <array>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace sg_kernels::ops {
+namespace {
+
+using cpu::Batch;
+using cpu::Float;
+using cpu::Grid;
+using cpu::Targets;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<std::int64_t>;
+
+Tensor empty_strided(const Sizes& sizes, const Sizes& strides, std::int32_t dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(const Sizes& sizes, std::int32_t dtype) {
+  Sizes strides(sizes.size(), 1);
+  for (std::size_t d = sizes.size() - 1; d > 0; --d)
+    strides[d - 1] = strides[d] * std::max<std::int64_t>(1, sizes[d]);
+  return empty_strided(sizes, strides, dtype);
+}
+
+// First touching a large fresh output costs more than writing it; in huge pages it costs far less.
+void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<std::uintptr_t>(fresh.data_ptr());
+  const std::uintptr_t end = begin + fresh.numel() * fresh.element_size();
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const std::uintptr_t last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// An output of `rows` images in the memory format of `images`, as reference.empty_rows has it.
+Tensor empty_rows(const Tensor& images, std::int64_t rows) {
+  const std::int64_t c = images.size(1), h = images.size(2), w = images.size(3);
+  const bool channels_last = 0 < images.stride(1) && images.stride(1) < images.stride(3);
+  std::int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(images.get(), &dtype));
+  const Tensor fresh = channels_last
+      ? empty_strided({rows, c, h, w}, {c * h * w, 1, c * w, c}, dtype)
+      : empty({rows, c, h, w}, dtype);
+  advise_huge_pages(fresh);
+  return fresh;
+}
+
+Batch batch_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const auto size = static_cast<std::int64_t>(tensor.element_size());
+  return {
+      static_cast<char*>(tensor.data_ptr()),
+      sizes[0],
+      sizes[1],
+      sizes[2],
+      sizes[3],
+      strides[0] * size,
+      strides[1] * size,
+      strides[2] * size,
+      strides[3] * size};
+}
+
+Grid grid_of(const Tensor& map) { return {map.size(1), map.size(2)}; }
+
+Float float_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return Float::kHalf;
+    case ScalarType::BFloat16: return Float::kBFloat16;
+    case ScalarType::Float: return Float::kFloat;
+    case ScalarType::Double: return Float::kDouble;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float16, bfloat16, float32 or float64");
+  }
+}
+
+template <class T>
+const T* data_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+template <class T>
+T* data_to(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor checked(const Tensor& tensor, ScalarType type, std::int64_t dim, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == type && tensor.dim() == dim, name, " must have ", dim,
+      " dimensions and the operator's dtype");
+  return dense(tensor);
+}
+
+void check_rows(std::int64_t rows, std::int64_t batch, const Tensor& index) {
+  STD_TORCH_CHECK(index.size(0) == rows, "index must have ", rows, " entries");
+  STD_TORCH_CHECK(
+      batch == 0 ? rows == 0 : rows % batch == 0, "rows must be a multiple of the batch, ", batch);
+}
+
+Normalize normalize_of(const std::string& name) {
+  if (name == "max") return Normalize::kMax;
+  if (name == "mean") return Normalize::kMean;
+  STD_TORCH_CHECK(name == "none", "normalize must be max, mean or none; got ", name);
+  return Normalize::kNone;
+}
+
+Norm norm_of(const std::string& name) {
+  if (name == "l1") return Norm::kL1;
+  if (name == "l2") return Norm::kL2;
+  if (name == "l2sq") return Norm::kL2Squared;
+  STD_TORCH_CHECK(name == "area", "norm must be l1, l2, l2sq or area; got ", name);
+  return Norm::kArea;
+}
+
+Tensor channel_saliency(const Tensor& features) {
+  STD_TORCH_CHECK(features.dim() == 4, "features must be (B, K, h, w)");
+  const Tensor map = empty(
+      {features.size(0), features.size(2), features.size(3)}, aoti_torch_dtype_float32());
+  cpu::channel_saliency(batch_of(features), float_of(features, "features"), data_to<float>(map));
+  return map;
+}
+
+void graft_out(const Tensor& out, const Tensor& images, const Tensor& mask, const Tensor& index) {
+  STD_TORCH_CHECK(images.dim() == 4 && out.dim() == 4, "images and out must be (B, C, H, W)");
+  const Tensor cells = checked(mask, ScalarType::Bool, 3, "mask");
+  const Tensor destinations = checked(index, ScalarType::Long, 1, "index");
+  check_rows(mask.size(0), images.size(0), index);
+  STD_TORCH_CHECK(
+      out.size(0) == mask.size(0) && out.size(1) == images.size(1) &&
+          out.size(2) == images.size(2) && out.size(3) == images.size(3) &&
+          out.scalar_type() == images.scalar_type(),
+      "out must have a row for each of mask's, and the images' size and dtype");
+  STD_TORCH_CHECK(
+      mask.numel() == 0 || (mask.size(1) <= images.size(2) && mask.size(2) <= images.size(3)),
+      "mask must be no finer than the images");
+  cpu::graft(
+      batch_of(images), images.element_size(), data_of<bool>(cells), grid_of(mask),
+      data_of<std::int64_t>(destinations), batch_of(out));
+}
+
+Tensor graft(const Tensor& images, const Tensor& mask, const Tensor& index) {
+  STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
+  const Tensor out = empty_rows(images, mask.size(0));
+  graft_out(out, images, mask, index);
+  return out;
+}
+
+Tensor graft_backward(
+    const Tensor& grad, const Tensor& mask, const Tensor& index, std::int64_t augmentations) {
+  STD_TORCH_CHECK(grad.dim() == 4, "grad must be (rows, C, H, W)");
+  STD_TORCH_CHECK(augmentations >= 1, "augmentations must be >= 1");
+  const Tensor cells = checked(mask, ScalarType::Bool, 3, "mask");
+  const Tensor destinations = checked(index, ScalarType::Long, 1, "index");
+  const std::int64_t batch = grad.size(0) / augmentations;
+  STD_TORCH_CHECK(mask.size(0) == grad.size(0), "mask must have a row for each of grad's");
+  check_rows(grad.size(0), batch, index);
+  const Tensor out = empty_rows(grad, batch);
+  cpu::graft_backward(
+      batch_of(grad), float_of(grad, "grad"), data_of<bool>(cells), grid_of(mask),
+      data_of<std::int64_t>(destinations), batch_of(out));
+  return out;
+}
+
+// Mixes contiguous class ids (int64) or rows (float32).
+Tensor mix(
+    const Tensor& targets, const float* lam, const std::int64_t* index, std::int64_t rows,
+    std::int64_t num_classes, double label_smoothing) {
+  const bool ids = targets.dim() == 1;
+  STD_TORCH_CHECK(
+      targets.scalar_type() == (ids ? ScalarType::Long : ScalarType::Float),
+      "targets must be int64 class ids or float32 rows");
+  STD_TORCH_CHECK(
+      ids || (targets.dim() == 2 && targets.size(1) == num_classes),
+      "targets must have num_classes columns");
+  const Tensor out = empty({rows, num_classes}, aoti_torch_dtype_float32());
+  const Targets source{
+      ids ? data_of<std::int64_t>(targets) : nullptr, ids ? nullptr : data_of<float>(targets),
+      num_classes, static_cast<float>(label_smoothing)};
+  cpu::mix_targets(source, lam, index, targets.size(0), rows, data_to<float>(out));
+  return out;
+}
+
+Tensor mix_targets(
+    const Tensor& targets, const Tensor& lam, const Tensor& index, std::int64_t num_classes,
+    double label_smoothing) {
+  const Tensor weights = checked(lam, ScalarType::Float, 1, "lam");
+  const Tensor destinations = checked(index, ScalarType::Long, 1, "index");
+  check_rows(lam.size(0), targets.size(0), index);
+  return mix(
+      dense(targets), data_of<float>(weights), data_of<std::int64_t>(destinations),
+      lam.size(0), num_classes, label_smoothing);
+}
+
+// The seed of this call; advances `step`.
+std::uint64_t advance(const Tensor& seed, const std::optional<Tensor>& step, std::int64_t rank) {
+  const auto key = static_cast<std::uint64_t>(*data_of<std::int64_t>(seed));
+  if (!step) return key;
+  std::int64_t& count = *data_to<std::int64_t>(*step);
+  return call_seed(
+      key, static_cast<std::uint64_t>(count++), static_cast<std::uint32_t>(rank));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
+    const Tensor& out, const Tensor& images, const std::optional<Tensor>& features,
+    const std::optional<Tensor>& ready_saliency, const std::optional<Tensor>& given_index,
+    const std::optional<Tensor>& targets, const Tensor& seed_tensor,
+    const std::optional<Tensor>& step, std::int64_t rank, const Tensor& quantiles,
+    const std::vector<std::int64_t>& grid_size, double temperature, const std::string& normalize,
+    double threshold, std::optional<std::int64_t> k, const std::string& norm, double prob,
+    std::int64_t augmentations, bool no_fixed_points, std::int64_t num_classes,
+    double label_smoothing) {
+  STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
+  STD_TORCH_CHECK(
+      features.has_value() != ready_saliency.has_value(), "give one of features and saliency");
+  STD_TORCH_CHECK(seed_tensor.numel() == 1 && quantiles.numel() >= 2, "seed, quantiles: empty");
+  const std::int64_t batch = images.size(0), rows = augmentations * batch;
+  const Grid grid{grid_size.at(0), grid_size.at(1)};
+  STD_TORCH_CHECK(
+      grid.height >= 1 && grid.width >= 1 && (!k || (*k >= 1 && *k <= grid.cells())),
+      "grid_size must be >= 1, and k in 1 .. cells");
+  const std::uint64_t seed = advance(seed_tensor, step, rank);
+
+  const Tensor index = empty({rows}, aoti_torch_dtype_int64());
+  auto* destinations = data_to<std::int64_t>(index);
+  if (given_index) {
+    check_rows(rows, batch, *given_index);
+    const Tensor given = checked(*given_index, ScalarType::Long, 1, "index");
+    std::copy_n(data_of<std::int64_t>(given), rows, destinations);
+  } else {
+    cpu::pairing(seed, batch, augmentations, no_fixed_points, destinations);
+  }
+
+  std::optional<Tensor> saliency;
+  if (features) {
+    saliency = channel_saliency(*features);
+  } else {
+    const Tensor ready = checked(*ready_saliency, ScalarType::Float, 3, "saliency");
+    saliency = empty({ready.size(0), ready.size(1), ready.size(2)}, aoti_torch_dtype_float32());
+    std::transform(
+        data_of<float>(ready), data_of<float>(ready) + ready.numel(), data_to<float>(*saliency),
+        checked_saliency);
+  }
+  STD_TORCH_CHECK(saliency->size(0) == batch, "features, saliency: not the batch of images");
+
+  const Grid from = grid_of(*saliency);
+  const float* resampled = data_of<float>(*saliency);
+  std::unique_ptr<float[]> resampled_storage;
+  if (from.height != grid.height || from.width != grid.width) {
+    resampled_storage = std::make_unique<float[]>(batch * grid.cells());
+    cpu::resample(data_of<float>(*saliency), batch, from, resampled_storage.get(), grid);
+    resampled = resampled_storage.get();
+  }
+  const auto keep = std::make_unique<bool[]>(batch * grid.cells());
+  cpu::select(
+      resampled, batch, grid,
+      {static_cast<float>(temperature), normalize_of(normalize), static_cast<float>(threshold),
+       k.value_or(0)},
+      keep.get());
+  const Tensor mask = empty({rows, grid.height, grid.width}, aoti_torch_dtype_bool());
+  cpu::sample(
+      keep.get(), batch, rows, grid.cells(),
+      {seed, data_of<std::int64_t>(quantiles), quantiles.numel() - 1, prob, !k.has_value()},
+      data_to<bool>(mask));
+
+  graft_out(out, images, mask, index);
+
+  const Tensor lam = empty({rows}, aoti_torch_dtype_float32());
+  cpu::label_ratio(
+      resampled, data_of<bool>(mask), destinations, batch, rows, grid.cells(), norm_of(norm),
+      data_to<float>(lam));
+  if (!targets) return {lam, index, mask, *saliency, empty({rows, 0}, aoti_torch_dtype_float32())};
+  STD_TORCH_CHECK(targets->size(0) == batch, "targets must have a row for each of images");
+  const Tensor mixed = mix(
+      dense(*targets), data_of<float>(lam), destinations, rows, num_classes, label_smoothing);
+  if (targets->dim() == 1 && num_classes > 0)  // a class id out of range: lam says so too
+    for (std::int64_t r = 0; r < rows; ++r)
+      if (std::isnan(data_of<float>(mixed)[r * num_classes]))
+        data_to<float>(lam)[r] = data_of<float>(mixed)[r * num_classes];
+  return {lam, index, mask, *saliency, mixed};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft(
+    const Tensor& images, const std::optional<Tensor>& features,
+    const std::optional<Tensor>& saliency, const std::optional<Tensor>& index,
+    const std::optional<Tensor>& targets, const Tensor& seed, const std::optional<Tensor>& step,
+    std::int64_t rank, const Tensor& quantiles, const std::vector<std::int64_t>& grid_size,
+    double temperature, const std::string& normalize, double threshold,
+    std::optional<std::int64_t> k, const std::string& norm, double prob,
+    std::int64_t augmentations, bool no_fixed_points, std::int64_t num_classes,
+    double label_smoothing) {
+  STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
+  const Tensor out = empty_rows(images, augmentations * images.size(0));
+  return std::tuple_cat(
+      std::make_tuple(out),
+      saliency_graft_out(
+          out, images, features, saliency, index, targets, seed, step, rank, quantiles, grid_size,
+          temperature, normalize, threshold, k, norm, prob, augmentations, no_fixed_points,
+          num_classes, label_smoothing));
+}
+
+}  // namespace
+}  // namespace sg_kernels::ops
+
+STABLE_TORCH_LIBRARY_IMPL(sg_kernels, CPU, library) {
+  using namespace sg_kernels::ops;
+  library.impl("channel_saliency.cpp", TORCH_BOX(&channel_saliency));
+  library.impl("graft.cpp", TORCH_BOX(&graft));
+  library.impl("graft_out.cpp", TORCH_BOX(&graft_out));
+  library.impl("graft_backward.cpp", TORCH_BOX(&graft_backward));
+  library.impl("mix_targets.cpp", TORCH_BOX(&mix_targets));
+  library.impl("saliency_graft.cpp", TORCH_BOX(&saliency_graft));
+  library.impl("saliency_graft_out.cpp", TORCH_BOX(&saliency_graft_out));
+}

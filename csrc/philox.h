@@ -1,0 +1,62 @@
+// Philox4x32-10 and the draws made of it, for host and device. The counter layout and the meaning of
+// every word are those of sg_kernels/rng.py.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SG_HOST_DEVICE __host__ __device__
+#else
+#define SG_HOST_DEVICE
+#endif
+
+namespace sg_kernels {
+
+enum Stream : std::uint32_t { kSampling, kKeepProb, kPairing, kGridSize, kCall };
+
+struct Words {
+  std::uint32_t word[4];
+};
+
+SG_HOST_DEVICE inline Words philox(
+    std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t seed) {
+  std::uint32_t k0 = static_cast<std::uint32_t>(seed);
+  std::uint32_t k1 = static_cast<std::uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c0;
+    const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<std::uint32_t>(p1);
+    c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<std::uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+SG_HOST_DEVICE inline std::uint64_t call_seed(
+    std::uint64_t seed, std::uint64_t step, std::uint32_t rank) {
+  const Words words = philox(
+      static_cast<std::uint32_t>(step), static_cast<std::uint32_t>(step >> 32), rank, kCall, seed);
+  return words.word[0] | std::uint64_t{words.word[1]} << 32;
+}
+
+// The probability `probability` as an integer threshold: a word below it is a success.
+SG_HOST_DEVICE inline std::int64_t threshold_of(double probability) {
+  return static_cast<std::int64_t>(probability * 4294967296.0);
+}
+
+// The inverse CDF at `word`, from `bins` + 1 nodes, a power of two plus one; linear between nodes.
+SG_HOST_DEVICE inline std::int64_t keep_threshold(
+    std::uint32_t word, const std::int64_t* quantiles, std::int64_t bins) {
+  int shift = 32;
+  for (; bins > 1; bins >>= 1) --shift;
+  const std::uint64_t wide = word;
+  const std::int64_t low = quantiles[wide >> shift];
+  const std::int64_t high = quantiles[(wide >> shift) + 1];
+  const std::int64_t fraction = static_cast<std::int64_t>(wide & ((std::uint64_t{1} << shift) - 1));
+  return low + ((high - low) * fraction >> shift);
+}
+
+}  // namespace sg_kernels
