@@ -44,10 +44,10 @@ SG_HOST_DEVICE inline float softmax_numerator(
   return expf((value - peak) / scale / temperature);
 }
 
-// A cell's share of ||S||, up to the sum of weights. Dividing by the peak keeps squares from overflowing.
-SG_HOST_DEVICE inline float weight(float value, float peak, Norm norm) {
-  const float scaled = value / peak;
-  return norm == Norm::kL1 ? scaled : scaled * scaled;
+// What a cell weighs in ||S||, up to a factor: the norm's square root is left to label_ratio.
+template <class T>
+SG_HOST_DEVICE inline T weight(T value, Norm norm) {
+  return norm == Norm::kL1 ? value : value * value;
 }
 
 // lam, from the shares of weight that survive of the source and of the destination.

@@ -9,12 +9,47 @@
 
 #include "kernels.h"
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 namespace sg_kernels::cpu {
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 bool in_range(std::int64_t value, std::int64_t size) { return value >= 0 && value < size; }
+
+// From this size on an output is written past the caches: they could not hold it until it is read, and
+// memory that is overwritten whole need not be fetched first.
+constexpr std::int64_t kStreamedBytes = 16 << 20;
+
+#ifdef __SSE2__
+void stream_bytes(char* to, const char* from, std::int64_t bytes) {
+  const auto* source = reinterpret_cast<const __m128i*>(from);
+  auto* target = reinterpret_cast<__m128i*>(to);
+  for (std::int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_loadu_si128(source + i));
+}
+
+bool streamable(const char* to, std::int64_t bytes) {
+  return (reinterpret_cast<std::uintptr_t>(to) | static_cast<std::uintptr_t>(bytes)) % 16 == 0;
+}
+
+void finish_streams() { _mm_sfence(); }
+#else
+void stream_bytes(char* to, const char* from, std::int64_t bytes) { std::memcpy(to, from, bytes); }
+
+bool streamable(const char*, std::int64_t) { return false; }
+
+void finish_streams() {}
+#endif
+
+void copy_bytes(char* to, const char* from, std::int64_t bytes, bool stream) {
+  if (stream && streamable(to, bytes))
+    stream_bytes(to, from, bytes);
+  else
+    std::memcpy(to, from, bytes);
+}
 
 // Neighbouring pixels of a line that come from one image.
 struct Run {
@@ -39,6 +74,7 @@ void find_runs(const bool* cells, std::int64_t count, std::int64_t width, std::v
 struct Lines {
   std::int64_t channels, height, width, pixel;  // pixel in bytes
   bool dense;                                   // pixels of a line lie side by side
+  bool stream = false;                          // write them past the caches
 };
 
 template <class... Batches>
@@ -65,7 +101,7 @@ void copy_pixels(
     const Lines& lines, char* to, std::int64_t to_stride, const char* from,
     std::int64_t from_stride, std::int64_t count) {
   if (lines.dense) {
-    std::memcpy(to, from, count * lines.pixel);
+    copy_bytes(to, from, count * lines.pixel, lines.stream);
     return;
   }
   switch (lines.pixel) {
@@ -88,7 +124,7 @@ void graft_band(
     const std::int64_t from_plane = c * images.channel_stride, to_plane = c * out.channel_stride;
     if (whole) {
       const char* from = (runs[0].own ? own : other) + from_plane + begin * images.row_stride;
-      std::memcpy(to + to_plane + begin * out.row_stride, from, (end - begin) * line);
+      copy_bytes(to + to_plane + begin * out.row_stride, from, (end - begin) * line, lines.stream);
       continue;
     }
     for (std::int64_t y = begin; y < end; ++y) {
@@ -187,17 +223,20 @@ void resample(const float* map, std::int64_t batch, Grid from, float* grid, Grid
 
 void select(const float* grid, std::int64_t batch, Grid size, const Selection& selection, bool* keep) {
   const std::int64_t cells = size.cells();
-  const auto by_threshold = [&](const float* map, float peak, double sum, bool* kept) {
+  const auto by_threshold = [&](const float* map, bool* kept, std::vector<float>& numerators) {
+    const float peak = *std::max_element(map, map + cells);
     float scale = 1.0f;
     if (selection.normalize == Normalize::kMax) scale = peak;
-    if (selection.normalize == Normalize::kMean) scale = static_cast<float>(sum / cells);
-    const auto numerator = [&](float value) {
-      return softmax_numerator(value, peak, scale, selection.temperature);
-    };
-    double total = 0.0;
-    for (std::int64_t c = 0; c < cells; ++c) total += numerator(map[c]);
-    const float bar = selection.threshold * static_cast<float>(total);
-    for (std::int64_t c = 0; c < cells; ++c) kept[c] = numerator(map[c]) > bar;
+    if (selection.normalize == Normalize::kMean)
+      scale = static_cast<float>(std::accumulate(map, map + cells, 0.0) / cells);
+    numerators.resize(cells);
+    double sum = 0.0;
+    for (std::int64_t c = 0; c < cells; ++c) {
+      numerators[c] = softmax_numerator(map[c], peak, scale, selection.temperature);
+      sum += numerators[c];
+    }
+    const float bar = selection.threshold * static_cast<float>(sum);
+    for (std::int64_t c = 0; c < cells; ++c) kept[c] = numerators[c] > bar;
   };
   const auto by_rank = [&](const float* map, bool* kept, std::vector<std::int64_t>& order) {
     order.resize(cells);
@@ -210,19 +249,21 @@ void select(const float* grid, std::int64_t batch, Grid size, const Selection& s
     std::fill(kept, kept + cells, false);
     for (std::int64_t i = 0; i < selection.k; ++i) kept[order[i]] = true;
   };
-  parallel_for(batch, 32 * cells, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(batch, 16 * cells, [&](std::int64_t first, std::int64_t last) {
+    std::vector<float> numerators;
     std::vector<std::int64_t> order;
     for (std::int64_t b = first; b < last; ++b) {
       const float* map = grid + b * cells;
       bool* kept = keep + b * cells;
-      const auto [low, high] = std::minmax_element(map, map + cells);
-      const bool finite =
-          std::all_of(map, map + cells, [](float value) { return std::isfinite(value); });
-      const double sum = std::accumulate(map, map + cells, 0.0);
-      if (!finite || (selection.k == 0 && *low == *high))
+      bool finite = true, constant = true;
+      for (std::int64_t c = 0; c < cells; ++c) {
+        finite &= std::isfinite(map[c]);
+        constant &= map[c] == map[0];
+      }
+      if (!finite || (constant && selection.k == 0))
         std::fill(kept, kept + cells, false);
       else if (selection.k == 0)
-        by_threshold(map, *high, sum, kept);
+        by_threshold(map, kept, numerators);
       else
         by_rank(map, kept, order);
     }
@@ -234,9 +275,10 @@ void pairing(
     std::int64_t* index) {
   std::vector<std::uint64_t> tickets(batch);  // the sample's number breaks ties
   for (std::int64_t draw = 0; draw < draws; ++draw, index += batch) {
-    for (std::int64_t b = 0; b < batch; ++b) {
-      const Words words = philox(b / 4, 0, draw, kPairing, seed);
-      tickets[b] = std::uint64_t{words.word[b % 4]} << 32 | static_cast<std::uint64_t>(b);
+    for (std::int64_t block = 0; block * 4 < batch; ++block) {
+      const Words words = philox(block, 0, draw, kPairing, seed);
+      for (std::int64_t b = block * 4; b < std::min(block * 4 + 4, batch); ++b)
+        tickets[b] = std::uint64_t{words.word[b % 4]} << 32 | static_cast<std::uint64_t>(b);
     }
     std::sort(tickets.begin(), tickets.end());
     const auto holder = [&](std::int64_t rank) {
@@ -278,29 +320,33 @@ void sample(
 void label_ratio(
     const float* grid, const bool* mask, const std::int64_t* index, std::int64_t batch,
     std::int64_t rows, std::int64_t cells, Norm norm, float* lam) {
-  // The share of a sample's weight in the cells where the mask is `where`.
-  const auto share = [&](std::int64_t b, const bool* kept, bool where) {
+  // In double, the square of no float overflows.
+  const auto weigh = [&](std::int64_t b, const auto& counts) {
     const float* map = grid + b * cells;
-    const float peak = *std::max_element(map, map + cells);
-    double part = 0.0, whole = 0.0;
-    for (std::int64_t c = 0; c < cells; ++c) {
-      const float w = weight(map[c], peak, norm);
-      whole += w;
-      if (kept[c] == where) part += w;
-    }
-    return static_cast<float>(part / whole);
+    double sum = 0.0;
+    for (std::int64_t c = 0; c < cells; ++c)
+      sum += counts(c) ? weight<double>(map[c], norm) : 0.0;
+    return sum;
   };
+  std::vector<double> whole(batch);
+  if (norm != Norm::kArea)
+    for (std::int64_t b = 0; b < batch; ++b) whole[b] = weigh(b, [](std::int64_t) { return true; });
   parallel_for(rows, 4 * cells, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t r = first; r < last; ++r) {
+      const std::int64_t i = r % batch, j = index[r];
       const bool* kept = mask + r * cells;
       const float area = static_cast<float>(std::count(kept, kept + cells, true)) / cells;
-      if (!in_range(index[r], batch))
+      if (!in_range(j, batch)) {
         lam[r] = kNaN;
-      else if (norm == Norm::kArea)
+      } else if (norm == Norm::kArea) {
         lam[r] = area;
-      else
+      } else {
+        const double survives = weigh(i, [kept](std::int64_t c) { return kept[c]; });
+        const double remains = weigh(j, [kept](std::int64_t c) { return !kept[c]; });
         lam[r] = sg_kernels::label_ratio(
-            share(r % batch, kept, true), share(index[r], kept, false), area, norm);
+            static_cast<float>(survives / whole[i]), static_cast<float>(remains / whole[j]), area,
+            norm);
+      }
     }
   });
 }
@@ -331,8 +377,9 @@ void mix_targets(
 void graft(
     const Batch& images, std::int64_t element_size, const bool* mask, Grid grid,
     const std::int64_t* index, const Batch& out) {
-  const Lines lines = lines_of(element_size, images, out);
+  Lines lines = lines_of(element_size, images, out);
   const std::int64_t bytes = images.channels * images.height * images.width * element_size;
+  lines.stream = out.batch * bytes >= kStreamedBytes;
   parallel_for(
       out.batch * grid.height, bytes / (4 * grid.height), [&](std::int64_t first, std::int64_t last) {
         std::vector<Run> runs;
@@ -347,6 +394,7 @@ void graft(
               first_pixel(band, lines.height, grid.height),
               first_pixel(band + 1, lines.height, grid.height), runs);
         }
+        finish_streams();
       });
 }
 
