@@ -7,7 +7,7 @@
 #include <sys/mman.h>
 #endif
 
-#include <array>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -22,10 +22,14 @@ namespace {
 using cpu::Batch;
 using cpu::Float;
 using cpu::Grid;
+using cpu::Sampling;
+using cpu::Selection;
 using cpu::Targets;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<std::int64_t>;
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 Tensor empty_strided(const Sizes& sizes, const Sizes& strides, std::int32_t dtype) {
   AtenTensorHandle handle;
@@ -145,6 +149,17 @@ Tensor channel_saliency(const Tensor& features) {
   return map;
 }
 
+// A ready map; what is not >= 0 in it counts as NaN, so its sample keeps nothing.
+Tensor checked_map(const Tensor& saliency) {
+  const Tensor ready = checked(saliency, ScalarType::Float, 3, "saliency");
+  const Tensor map = empty(
+      {ready.size(0), ready.size(1), ready.size(2)}, aoti_torch_dtype_float32());
+  std::transform(
+      data_of<float>(ready), data_of<float>(ready) + ready.numel(), data_to<float>(map),
+      checked_saliency);
+  return map;
+}
+
 void graft_out(const Tensor& out, const Tensor& images, const Tensor& mask, const Tensor& index) {
   STD_TORCH_CHECK(images.dim() == 4 && out.dim() == 4, "images and out must be (B, C, H, W)");
   const Tensor cells = checked(mask, ScalarType::Bool, 3, "mask");
@@ -186,23 +201,18 @@ Tensor graft_backward(
   return out;
 }
 
-// Mixes contiguous class ids (int64) or rows (float32).
-Tensor mix(
-    const Tensor& targets, const float* lam, const std::int64_t* index, std::int64_t rows,
-    std::int64_t num_classes, double label_smoothing) {
-  const bool ids = targets.dim() == 1;
+// Targets as the kernels take them; `dense` keeps their memory.
+Targets targets_of(const Tensor& dense, std::int64_t num_classes, double label_smoothing) {
+  const bool ids = dense.dim() == 1;
   STD_TORCH_CHECK(
-      targets.scalar_type() == (ids ? ScalarType::Long : ScalarType::Float),
+      dense.scalar_type() == (ids ? ScalarType::Long : ScalarType::Float),
       "targets must be int64 class ids or float32 rows");
   STD_TORCH_CHECK(
-      ids || (targets.dim() == 2 && targets.size(1) == num_classes),
+      ids || (dense.dim() == 2 && dense.size(1) == num_classes),
       "targets must have num_classes columns");
-  const Tensor out = empty({rows, num_classes}, aoti_torch_dtype_float32());
-  const Targets source{
-      ids ? data_of<std::int64_t>(targets) : nullptr, ids ? nullptr : data_of<float>(targets),
+  return {
+      ids ? data_of<std::int64_t>(dense) : nullptr, ids ? nullptr : data_of<float>(dense),
       num_classes, static_cast<float>(label_smoothing)};
-  cpu::mix_targets(source, lam, index, targets.size(0), rows, data_to<float>(out));
-  return out;
 }
 
 Tensor mix_targets(
@@ -210,10 +220,21 @@ Tensor mix_targets(
     double label_smoothing) {
   const Tensor weights = checked(lam, ScalarType::Float, 1, "lam");
   const Tensor destinations = checked(index, ScalarType::Long, 1, "index");
-  check_rows(lam.size(0), targets.size(0), index);
-  return mix(
-      dense(targets), data_of<float>(weights), data_of<std::int64_t>(destinations),
-      lam.size(0), num_classes, label_smoothing);
+  const Tensor rows_or_ids = dense(targets);
+  const std::int64_t batch = targets.size(0), rows = lam.size(0);
+  check_rows(rows, batch, index);
+  const Targets source = targets_of(rows_or_ids, num_classes, label_smoothing);
+  const Tensor mixed = empty({rows, num_classes}, aoti_torch_dtype_float32());
+  cpu::parallel_for(rows, 2 * num_classes, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const std::int64_t own = r % batch, other = data_of<std::int64_t>(destinations)[r];
+      const bool valid = cpu::in_range(other, batch);
+      cpu::mix_targets(
+          source, valid ? data_of<float>(weights)[r] : kNaN, own, valid ? other : own,
+          data_to<float>(mixed) + r * num_classes);
+    }
+  });
+  return mixed;
 }
 
 // The seed of this call; advances `step`.
@@ -231,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
     const std::optional<Tensor>& targets, const Tensor& seed_tensor,
     const std::optional<Tensor>& step, std::int64_t rank, const Tensor& quantiles,
     const std::vector<std::int64_t>& grid_size, double temperature, const std::string& normalize,
-    double threshold, std::optional<std::int64_t> k, const std::string& norm, double prob,
+    double threshold, std::optional<std::int64_t> k, const std::string& norm_name, double prob,
     std::int64_t augmentations, bool no_fixed_points, std::int64_t num_classes,
     double label_smoothing) {
   STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
@@ -252,56 +273,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
     const Tensor given = checked(*given_index, ScalarType::Long, 1, "index");
     std::copy_n(data_of<std::int64_t>(given), rows, destinations);
   } else {
-    cpu::pairing(seed, batch, augmentations, no_fixed_points, destinations);
+    for (std::int64_t draw = 0; draw < augmentations; ++draw)
+      cpu::pairing(seed, draw, batch, no_fixed_points, destinations + draw * batch);
   }
 
-  std::optional<Tensor> saliency;
-  if (features) {
-    saliency = channel_saliency(*features);
-  } else {
-    const Tensor ready = checked(*ready_saliency, ScalarType::Float, 3, "saliency");
-    saliency = empty({ready.size(0), ready.size(1), ready.size(2)}, aoti_torch_dtype_float32());
-    std::transform(
-        data_of<float>(ready), data_of<float>(ready) + ready.numel(), data_to<float>(*saliency),
-        checked_saliency);
-  }
-  STD_TORCH_CHECK(saliency->size(0) == batch, "features, saliency: not the batch of images");
+  const Tensor saliency = features ? channel_saliency(*features) : checked_map(*ready_saliency);
+  STD_TORCH_CHECK(saliency.size(0) == batch, "features, saliency: not the batch of images");
 
-  const Grid from = grid_of(*saliency);
-  const float* resampled = data_of<float>(*saliency);
-  std::unique_ptr<float[]> resampled_storage;
-  if (from.height != grid.height || from.width != grid.width) {
-    resampled_storage = std::make_unique<float[]>(batch * grid.cells());
-    cpu::resample(data_of<float>(*saliency), batch, from, resampled_storage.get(), grid);
-    resampled = resampled_storage.get();
-  }
-  const auto keep = std::make_unique<bool[]>(batch * grid.cells());
-  cpu::select(
-      resampled, batch, grid,
-      {static_cast<float>(temperature), normalize_of(normalize), static_cast<float>(threshold),
-       k.value_or(0)},
-      keep.get());
+  const Grid from = grid_of(saliency);
+  const bool resampled = from.height != grid.height || from.width != grid.width;
+  const std::int64_t cells = grid.cells();
+  const auto* map = data_of<float>(saliency);
+  const auto storage = std::make_unique<float[]>(resampled ? batch * cells : 0);
+  const float* maps = resampled ? storage.get() : map;
+  const auto keep = std::make_unique<bool[]>(batch * cells);
+  const auto totals = std::make_unique<double[]>(batch);
+  const Norm norm = norm_of(norm_name);
+  const Selection selection{
+      static_cast<float>(temperature), normalize_of(normalize), static_cast<float>(threshold),
+      k.value_or(0)};
+  cpu::parallel_for(batch, 16 * cells, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t b = begin; b < end; ++b) {
+      if (resampled) cpu::resample(map + b * from.cells(), from, storage.get() + b * cells, grid);
+      cpu::select(maps + b * cells, cells, selection, keep.get() + b * cells);
+      totals[b] = cpu::total_weight(maps + b * cells, cells, norm);
+    }
+  });
+
   const Tensor mask = empty({rows, grid.height, grid.width}, aoti_torch_dtype_bool());
-  cpu::sample(
-      keep.get(), batch, rows, grid.cells(),
-      {seed, data_of<std::int64_t>(quantiles), quantiles.numel() - 1, prob, !k.has_value()},
-      data_to<bool>(mask));
+  const Tensor lam = empty({rows}, aoti_torch_dtype_float32());
+  const std::int64_t columns = targets ? num_classes : 0;
+  const Tensor mixed = empty({rows, columns}, aoti_torch_dtype_float32());
+  const std::optional<Tensor> rows_or_ids = targets ? std::optional(dense(*targets)) : std::nullopt;
+  STD_TORCH_CHECK(!targets || targets->size(0) == batch, "targets: not the batch of images");
+  const Targets source =
+      targets ? targets_of(*rows_or_ids, num_classes, label_smoothing) : Targets{};
+  const Sampling sampling{
+      seed, data_of<std::int64_t>(quantiles), quantiles.numel() - 1, prob, !k.has_value()};
+  cpu::parallel_for(rows, 16 * cells + 2 * columns, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const std::int64_t own = r % batch, draw = r / batch;
+      const bool valid = cpu::in_range(destinations[r], batch);
+      const std::int64_t other = valid ? destinations[r] : own;
+      bool* row_mask = data_to<bool>(mask) + r * cells;
+      cpu::sample(keep.get() + own * cells, own, draw, cells, sampling, row_mask);
+      float ratio = cpu::label_ratio(
+          maps + own * cells, totals[own], maps + other * cells, totals[other], row_mask, cells,
+          norm);
+      if (!valid) ratio = kNaN;
+      if (targets &&
+          !cpu::mix_targets(source, ratio, own, other, data_to<float>(mixed) + r * columns))
+        ratio = kNaN;
+      data_to<float>(lam)[r] = ratio;
+    }
+  });
 
   graft_out(out, images, mask, index);
-
-  const Tensor lam = empty({rows}, aoti_torch_dtype_float32());
-  cpu::label_ratio(
-      resampled, data_of<bool>(mask), destinations, batch, rows, grid.cells(), norm_of(norm),
-      data_to<float>(lam));
-  if (!targets) return {lam, index, mask, *saliency, empty({rows, 0}, aoti_torch_dtype_float32())};
-  STD_TORCH_CHECK(targets->size(0) == batch, "targets must have a row for each of images");
-  const Tensor mixed = mix(
-      dense(*targets), data_of<float>(lam), destinations, rows, num_classes, label_smoothing);
-  if (targets->dim() == 1 && num_classes > 0)  // a class id out of range: lam says so too
-    for (std::int64_t r = 0; r < rows; ++r)
-      if (std::isnan(data_of<float>(mixed)[r * num_classes]))
-        data_to<float>(lam)[r] = data_of<float>(mixed)[r * num_classes];
-  return {lam, index, mask, *saliency, mixed};
+  return {lam, index, mask, saliency, mixed};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft(

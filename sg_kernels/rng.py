@@ -45,19 +45,21 @@ def philox(
     """Philox4x32-10 (Salmon et al., SC 2011) on Python ints or broadcastable int64 tensors.
 
     The counter words are uint32 values; ``seed`` gives the key, low word first. Returns four uint32
-    words. A product of two words may wrap in int64, which keeps all 64 of its bits.
+    words.
     """
     k0, k1 = seed & MASK32, (seed >> 32) & MASK32
     for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & MASK32) ^ c1 ^ k0,
-            p1 & MASK32,
-            ((p0 >> 32) & MASK32) ^ c3 ^ k1,
-            p0 & MASK32,
-        )
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
     return c0, c1, c2, c3
+
+
+def _multiply(word: Word, factor: int) -> tuple[Word, Word]:
+    """The high and the low uint32 of a product, by halves: signed overflow is undefined in compiled code."""
+    upper, lower = word * (factor >> 16), word * (factor & 0xFFFF)
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & MASK32
 
 
 def words(seed: Tensor, stream: Stream, count: int, rows: int = 1, draws: int = 1) -> Tensor:

@@ -16,10 +16,6 @@
 namespace sg_kernels::cpu {
 namespace {
 
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-bool in_range(std::int64_t value, std::int64_t size) { return value >= 0 && value < size; }
-
 // From this size on an output is written past the caches: they could not hold it until it is read, and
 // memory that is overwritten whole need not be fetched first.
 constexpr std::int64_t kStreamedBytes = 16 << 20;
@@ -210,168 +206,139 @@ void sum_contributions(
 
 }  // namespace
 
-void resample(const float* map, std::int64_t batch, Grid from, float* grid, Grid to) {
-  parallel_for(batch, from.cells() + to.cells(), [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t b = first; b < last; ++b)
-      for (std::int64_t y = 0; y < to.height; ++y)
-        for (std::int64_t x = 0; x < to.width; ++x)
-          grid[b * to.cells() + y * to.width + x] = sg_kernels::resample(
-              map + b * from.cells(), from.width, window(y, from.height, to.height),
-              window(x, from.width, to.width));
-  });
-}
-
-void select(const float* grid, std::int64_t batch, Grid size, const Selection& selection, bool* keep) {
-  const std::int64_t cells = size.cells();
-  const auto by_threshold = [&](const float* map, bool* kept, std::vector<float>& numerators) {
-    const float peak = *std::max_element(map, map + cells);
-    float scale = 1.0f;
-    if (selection.normalize == Normalize::kMax) scale = peak;
-    if (selection.normalize == Normalize::kMean)
-      scale = static_cast<float>(std::accumulate(map, map + cells, 0.0) / cells);
-    numerators.resize(cells);
-    double sum = 0.0;
-    for (std::int64_t c = 0; c < cells; ++c) {
-      numerators[c] = softmax_numerator(map[c], peak, scale, selection.temperature);
-      sum += numerators[c];
-    }
-    const float bar = selection.threshold * static_cast<float>(sum);
-    for (std::int64_t c = 0; c < cells; ++c) kept[c] = numerators[c] > bar;
-  };
-  const auto by_rank = [&](const float* map, bool* kept, std::vector<std::int64_t>& order) {
-    order.resize(cells);
-    std::iota(order.begin(), order.end(), std::int64_t{0});
-    std::nth_element(
-        order.begin(), order.begin() + (selection.k - 1), order.end(),
-        [map](std::int64_t a, std::int64_t b) {
-          return map[a] != map[b] ? map[a] > map[b] : a < b;
-        });
-    std::fill(kept, kept + cells, false);
-    for (std::int64_t i = 0; i < selection.k; ++i) kept[order[i]] = true;
-  };
-  parallel_for(batch, 16 * cells, [&](std::int64_t first, std::int64_t last) {
-    std::vector<float> numerators;
-    std::vector<std::int64_t> order;
-    for (std::int64_t b = first; b < last; ++b) {
-      const float* map = grid + b * cells;
-      bool* kept = keep + b * cells;
-      bool finite = true, constant = true;
-      for (std::int64_t c = 0; c < cells; ++c) {
-        finite &= std::isfinite(map[c]);
-        constant &= map[c] == map[0];
-      }
-      if (!finite || (constant && selection.k == 0))
-        std::fill(kept, kept + cells, false);
-      else if (selection.k == 0)
-        by_threshold(map, kept, numerators);
-      else
-        by_rank(map, kept, order);
-    }
-  });
-}
-
 void pairing(
-    std::uint64_t seed, std::int64_t batch, std::int64_t draws, bool no_fixed_points,
+    std::uint64_t seed, std::int64_t draw, std::int64_t batch, bool no_fixed_points,
     std::int64_t* index) {
   std::vector<std::uint64_t> tickets(batch);  // the sample's number breaks ties
-  for (std::int64_t draw = 0; draw < draws; ++draw, index += batch) {
-    for (std::int64_t block = 0; block * 4 < batch; ++block) {
-      const Words words = philox(block, 0, draw, kPairing, seed);
-      for (std::int64_t b = block * 4; b < std::min(block * 4 + 4, batch); ++b)
-        tickets[b] = std::uint64_t{words.word[b % 4]} << 32 | static_cast<std::uint64_t>(b);
-    }
-    std::sort(tickets.begin(), tickets.end());
-    const auto holder = [&](std::int64_t rank) {
-      return static_cast<std::int64_t>(tickets[rank % batch] & 0xFFFFFFFFu);
-    };
-    for (std::int64_t rank = 0; rank < batch; ++rank)
-      index[holder(rank)] = no_fixed_points ? holder(rank + 1) : rank;
+  for (std::int64_t block = 0; block * 4 < batch; ++block) {
+    const Words words = philox(block, 0, draw, kPairing, seed);
+    for (std::int64_t b = block * 4; b < std::min(block * 4 + 4, batch); ++b)
+      tickets[b] = std::uint64_t{words.word[b % 4]} << 32 | static_cast<std::uint64_t>(b);
   }
+  std::sort(tickets.begin(), tickets.end());
+  const auto holder = [&](std::int64_t rank) {
+    return static_cast<std::int64_t>(tickets[rank % batch] & 0xFFFFFFFFu);
+  };
+  for (std::int64_t rank = 0; rank < batch; ++rank)
+    index[holder(rank)] = no_fixed_points ? holder(rank + 1) : rank;
+}
+
+void resample(const float* map, Grid from, float* grid, Grid to) {
+  for (std::int64_t y = 0; y < to.height; ++y)
+    for (std::int64_t x = 0; x < to.width; ++x)
+      grid[y * to.width + x] = sg_kernels::resample(
+          map, from.width, window(y, from.height, to.height), window(x, from.width, to.width));
+}
+
+namespace {
+
+void select_by_threshold(
+    const float* grid, std::int64_t cells, const Selection& selection, bool* keep) {
+  const float peak = *std::max_element(grid, grid + cells);
+  float scale = 1.0f;
+  if (selection.normalize == Normalize::kMax) scale = peak;
+  if (selection.normalize == Normalize::kMean)
+    scale = static_cast<float>(std::accumulate(grid, grid + cells, 0.0) / cells);
+  thread_local std::vector<float> numerators;
+  numerators.resize(cells);
+  double sum = 0.0;
+  for (std::int64_t c = 0; c < cells; ++c) {
+    numerators[c] = softmax_numerator(grid[c], peak, scale, selection.temperature);
+    sum += numerators[c];
+  }
+  const float bar = selection.threshold * static_cast<float>(sum);
+  for (std::int64_t c = 0; c < cells; ++c) keep[c] = numerators[c] > bar;
+}
+
+void select_by_rank(const float* grid, std::int64_t cells, std::int64_t k, bool* keep) {
+  thread_local std::vector<std::int64_t> order;
+  order.resize(cells);
+  std::iota(order.begin(), order.end(), std::int64_t{0});
+  std::nth_element(
+      order.begin(), order.begin() + (k - 1), order.end(),
+      [grid](std::int64_t a, std::int64_t b) {
+        return grid[a] != grid[b] ? grid[a] > grid[b] : a < b;
+      });
+  std::fill(keep, keep + cells, false);
+  for (std::int64_t i = 0; i < k; ++i) keep[order[i]] = true;
+}
+
+}  // namespace
+
+void select(const float* grid, std::int64_t cells, const Selection& selection, bool* keep) {
+  bool finite = true, constant = true;
+  for (std::int64_t c = 0; c < cells; ++c) {
+    finite &= std::isfinite(grid[c]);
+    constant &= grid[c] == grid[0];
+  }
+  const bool by_threshold = selection.k == 0;
+  if (!finite || (by_threshold && constant))
+    std::fill(keep, keep + cells, false);
+  else if (by_threshold)
+    select_by_threshold(grid, cells, selection, keep);
+  else
+    select_by_rank(grid, cells, selection.k, keep);
 }
 
 void sample(
-    const bool* keep, std::int64_t batch, std::int64_t rows, std::int64_t cells,
+    const bool* keep, std::int64_t own, std::int64_t draw, std::int64_t cells,
     const Sampling& sampling, bool* mask) {
-  const std::int64_t gate = threshold_of(sampling.prob);
-  parallel_for(rows, 8 * cells, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t r = first; r < last; ++r) {
-      const std::int64_t b = r % batch, draw = r / batch;
-      const bool* kept = keep + b * cells;
-      bool* out = mask + r * cells;
-      const Words shared = philox(0, 0, draw, kKeepProb, sampling.seed);
-      if (shared.word[1] >= gate) {
-        std::fill(out, out + cells, true);
-        continue;
-      }
-      if (!sampling.sampled) {
-        std::copy(kept, kept + cells, out);
-        continue;
-      }
-      const std::int64_t p = keep_threshold(shared.word[0], sampling.quantiles, sampling.bins);
-      for (std::int64_t block = 0; block * 4 < cells; ++block) {
-        const Words words = philox(block, b, draw, kSampling, sampling.seed);
-        for (std::int64_t c = block * 4; c < std::min(block * 4 + 4, cells); ++c)
-          out[c] = kept[c] && words.word[c % 4] < p;
-      }
-    }
-  });
+  const Words shared = philox(0, 0, draw, kKeepProb, sampling.seed);
+  if (shared.word[1] >= threshold_of(sampling.prob)) {
+    std::fill(mask, mask + cells, true);
+    return;
+  }
+  if (!sampling.sampled) {
+    std::copy(keep, keep + cells, mask);
+    return;
+  }
+  const std::int64_t p = keep_threshold(shared.word[0], sampling.quantiles, sampling.bins);
+  for (std::int64_t block = 0; block * 4 < cells; ++block) {
+    const Words words = philox(block, own, draw, kSampling, sampling.seed);
+    for (std::int64_t c = block * 4; c < std::min(block * 4 + 4, cells); ++c)
+      mask[c] = keep[c] && words.word[c % 4] < p;
+  }
 }
 
-void label_ratio(
-    const float* grid, const bool* mask, const std::int64_t* index, std::int64_t batch,
-    std::int64_t rows, std::int64_t cells, Norm norm, float* lam) {
-  // In double, the square of no float overflows.
-  const auto weigh = [&](std::int64_t b, const auto& counts) {
-    const float* map = grid + b * cells;
-    double sum = 0.0;
-    for (std::int64_t c = 0; c < cells; ++c)
-      sum += counts(c) ? weight<double>(map[c], norm) : 0.0;
-    return sum;
-  };
-  std::vector<double> whole(batch);
-  if (norm != Norm::kArea)
-    for (std::int64_t b = 0; b < batch; ++b) whole[b] = weigh(b, [](std::int64_t) { return true; });
-  parallel_for(rows, 4 * cells, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t r = first; r < last; ++r) {
-      const std::int64_t i = r % batch, j = index[r];
-      const bool* kept = mask + r * cells;
-      const float area = static_cast<float>(std::count(kept, kept + cells, true)) / cells;
-      if (!in_range(j, batch)) {
-        lam[r] = kNaN;
-      } else if (norm == Norm::kArea) {
-        lam[r] = area;
-      } else {
-        const double survives = weigh(i, [kept](std::int64_t c) { return kept[c]; });
-        const double remains = weigh(j, [kept](std::int64_t c) { return !kept[c]; });
-        lam[r] = sg_kernels::label_ratio(
-            static_cast<float>(survives / whole[i]), static_cast<float>(remains / whole[j]), area,
-            norm);
-      }
-    }
-  });
+// In double, the square of no float overflows.
+double total_weight(const float* grid, std::int64_t cells, Norm norm) {
+  double total = 0.0;
+  for (std::int64_t c = 0; c < cells; ++c) total += weight<double>(grid[c], norm);
+  return total;
 }
 
-void mix_targets(
-    const Targets& targets, const float* lam, const std::int64_t* index, std::int64_t batch,
-    std::int64_t rows, float* out) {
+float label_ratio(
+    const float* own, double own_total, const float* other, double other_total, const bool* mask,
+    std::int64_t cells, Norm norm) {
+  double kept = 0.0, left = 0.0;
+  std::int64_t area = 0;
+  for (std::int64_t c = 0; c < cells; ++c) {
+    area += mask[c];
+    kept += mask[c] ? weight<double>(own[c], norm) : 0.0;
+    left += mask[c] ? 0.0 : weight<double>(other[c], norm);
+  }
+  return sg_kernels::label_ratio(
+      static_cast<float>(kept / own_total), static_cast<float>(left / other_total),
+      static_cast<float>(area) / static_cast<float>(cells), norm);
+}
+
+bool mix_targets(
+    const Targets& targets, float lam, std::int64_t own, std::int64_t other, float* mixed) {
   const std::int64_t classes = targets.classes;
   const float width = static_cast<float>(classes);
-  const auto known = [&](std::int64_t b) {
-    return targets.ids == nullptr || in_range(targets.ids[b], classes);
-  };
-  const auto target = [&](std::int64_t b, std::int64_t n) {
-    return targets.ids == nullptr ? targets.rows[b * classes + n]
-                                  : static_cast<float>(targets.ids[b] == n);
-  };
-  parallel_for(rows, 2 * classes, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t r = first; r < last; ++r) {
-      const std::int64_t i = r % batch, j = index[r];
-      const bool valid = in_range(j, batch) && known(i) && known(j);
-      for (std::int64_t n = 0; n < classes; ++n)
-        out[r * classes + n] =
-            valid ? mix_target(target(i, n), target(j, n), lam[r], targets.smoothing, width) : kNaN;
-    }
-  });
+  if (targets.ids != nullptr) {
+    const std::int64_t own_id = targets.ids[own], other_id = targets.ids[other];
+    const bool known = in_range(own_id, classes) && in_range(other_id, classes);
+    for (std::int64_t n = 0; n < classes; ++n)
+      mixed[n] = known
+          ? mix_target(own_id == n, other_id == n, lam, targets.smoothing, width)
+          : std::numeric_limits<float>::quiet_NaN();
+    return known;
+  }
+  const float *own_row = targets.rows + own * classes, *other_row = targets.rows + other * classes;
+  for (std::int64_t n = 0; n < classes; ++n)
+    mixed[n] = mix_target(own_row[n], other_row[n], lam, targets.smoothing, width);
+  return true;
 }
 
 void graft(

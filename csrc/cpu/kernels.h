@@ -56,41 +56,41 @@ void parallel_for(std::int64_t count, std::int64_t work, const Body& body) {
         0, count, std::max<std::int64_t>(1, kWorkPerThread / std::max<std::int64_t>(1, work)), body);
 }
 
-// map: (batch, height, width), contiguous.
+inline bool in_range(std::int64_t value, std::int64_t size) { return value >= 0 && value < size; }
+
+// Whole batches, in parallel. map: (batch, height, width), contiguous.
 void channel_saliency(const Batch& features, Float type, float* map);
-
-void resample(const float* map, std::int64_t batch, Grid from, float* grid, Grid to);
-
-// keep: (batch, cells).
-void select(const float* grid, std::int64_t batch, Grid size, const Selection& selection, bool* keep);
-
-// index: (draws, batch).
-void pairing(
-    std::uint64_t seed, std::int64_t batch, std::int64_t draws, bool no_fixed_points,
-    std::int64_t* index);
-
-// mask: (rows, cells), rows a multiple of batch.
-void sample(
-    const bool* keep, std::int64_t batch, std::int64_t rows, std::int64_t cells,
-    const Sampling& sampling, bool* mask);
-
-void label_ratio(
-    const float* grid, const bool* mask, const std::int64_t* index, std::int64_t batch,
-    std::int64_t rows, std::int64_t cells, Norm norm, float* lam);
-
-// Mixes into out, (rows, classes); a class id out of range makes its rows NaN.
-void mix_targets(
-    const Targets& targets, const float* lam, const std::int64_t* index, std::int64_t batch,
-    std::int64_t rows, float* out);
 
 // Copies element_size bytes an element; out has one image a row of mask, (rows, grid).
 void graft(
     const Batch& images, std::int64_t element_size, const bool* mask, Grid grid,
     const std::int64_t* index, const Batch& out);
 
-// grad has one image a row of mask; out is the gradient of `augmentations` times fewer images.
+// grad has one image a row of mask; out is the gradient of as many times fewer images.
 void graft_backward(
     const Batch& grad, Float type, const bool* mask, Grid grid, const std::int64_t* index,
     const Batch& out);
+
+// One draw of the pairing, (batch,).
+void pairing(
+    std::uint64_t seed, std::int64_t draw, std::int64_t batch, bool no_fixed_points,
+    std::int64_t* index);
+
+// One sample.
+void resample(const float* map, Grid from, float* grid, Grid to);
+void select(const float* grid, std::int64_t cells, const Selection& selection, bool* keep);
+double total_weight(const float* grid, std::int64_t cells, Norm norm);
+
+// One row: image `own` onto `other`, both in range.
+void sample(
+    const bool* keep, std::int64_t own, std::int64_t draw, std::int64_t cells,
+    const Sampling& sampling, bool* mask);
+float label_ratio(
+    const float* own, double own_total, const float* other, double other_total, const bool* mask,
+    std::int64_t cells, Norm norm);
+
+// One row of classes; a class id out of range makes it NaN, and returns false.
+bool mix_targets(
+    const Targets& targets, float lam, std::int64_t own, std::int64_t other, float* mixed);
 
 }  // namespace sg_kernels::cpu
