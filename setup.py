@@ -1,4 +1,4 @@
-"""Builds the compiled backend: one shared library, no Python ABI, for every CPython and torch >= 2.10."""
+"""Builds the compiled backend: one library for every CPython and every torch from 2.10 on."""
 
 import os
 from pathlib import Path

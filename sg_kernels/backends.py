@@ -52,8 +52,8 @@ def unavailable_backends() -> dict[str, str]:
 def choose(backend: str | None, device_type: str) -> str:
     """The backend of a call on tensors of ``device_type``.
 
-    ``backend``, else SG_KERNELS_BACKEND, else the first that runs. One that was asked for and cannot
-    run is refused, never replaced: ValueError for an unknown name, RuntimeError otherwise.
+    ``backend``, else SG_KERNELS_BACKEND, else the first that runs. One that was asked for and
+    cannot run is refused, never replaced: ValueError for an unknown name, RuntimeError otherwise.
     """
     asked, origin = backend, "backend"
     if asked is None:

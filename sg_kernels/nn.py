@@ -6,29 +6,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sg_kernels import functional, ops, rng
-from sg_kernels.functional import GridSize, Label, Norm, Normalize, Options, Selection
+from sg_kernels import arguments, functional, ops, rng
+from sg_kernels.arguments import GridSize, Label, Norm, Normalize, Options, Selection
 
 
 class SaliencyGraft(nn.Module):
     """Grafts a batch and mixes its targets: ``mixed, targets = graft(images, targets)``.
 
-    In training mode it mixes; in ``.eval()`` and at ``prob=0`` it returns its inputs. The options not
-    listed here are those of :func:`sg_kernels.saliency_graft`.
+    In training mode it mixes; in ``.eval()`` and at ``prob=0`` it returns its inputs. The options
+    that are not listed here are those of :func:`sg_kernels.saliency_graft`.
 
-    The randomness is two buffers, ``seed`` and ``step``, of which each call advances the second: a
-    state_dict resumes exactly, and a CUDA graph draws anew at each replay. Under torch.distributed each
-    rank draws a stream of its own from the same seed.
+    The randomness is two buffers, ``seed`` and ``step``, of which each call advances the second, so
+    a state_dict resumes exactly. Under torch.distributed each rank draws a stream of its own from
+    the same seed.
 
     Args:
-        layer: the module whose output is the feature map. It is tapped in the forward pass of the clean
-            images that precedes each call; the next pass is taken for that of the mixed images. None:
-            give ``features`` or ``saliency`` with each call.
+        layer: the module whose output is the feature map. It is tapped in the forward pass of the
+            clean images, which comes before each call; the pass after it is taken for that of the
+            mixed images. None: give ``features`` or ``saliency`` with each call.
         num_classes: the width of the mixed targets; needed for class ids.
-        prob: the probability that a call grafts. Decided on the device: a call that does not has lam = 1.
-        warmup_epochs: the epochs, from 0, in which nothing is grafted, for a network that has no salient
-            features yet; see :meth:`set_epoch`.
+        prob: the probability that a call grafts. One that does not has lam = 1.
+        warmup_epochs: the epochs, from 0, in which nothing is grafted, for a network that has
+            learnt no salient features yet; see :meth:`set_epoch`.
         seed: a 64-bit int; default: drawn from torch's own CPU generator.
+
+    Attributes:
+        result: the :class:`sg_kernels.GraftResult` of the last call that mixed, None before.
 
     Raises:
         TypeError, ValueError: a bad argument, by its name.
@@ -87,9 +90,10 @@ class SaliencyGraft(nn.Module):
             raise ValueError(f"warmup_epochs must be an int >= 0; got {warmup_epochs!r}")
         self.warmup_epochs = warmup_epochs
         self.epoch = 0
-        start = ops.draw_seed() if seed is None else functional.seed_tensor(seed)
+        start = ops.draw_seed() if seed is None else arguments.seed_tensor(seed)
         self.register_buffer("seed", start)
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
+        self.result: functional.GraftResult | None = None
         self._host_state: tuple[int, int] | None = None
         self.register_load_state_dict_post_hook(_forget_host_state)
         self._tapped: Tensor | None = None
@@ -110,10 +114,10 @@ class SaliencyGraft(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Grafts ``images``, (B, C, H, W), and mixes ``targets``, (B,) ids or (B, num_classes).
 
-        ``features`` or ``saliency`` are as in :func:`sg_kernels.saliency_graft`, and take precedence
-        over the tapped layer. Returns the mixed images and targets, float32 (rows, num_classes), or
-        None without targets; before ``warmup_epochs`` the images as they are, and the targets in the
-        same form. :attr:`result` keeps the rest: lam, index, mask, saliency.
+        ``features`` or ``saliency``, as in :func:`sg_kernels.saliency_graft`, take precedence over
+        the tapped layer. Returns the mixed images and targets, float32 (rows, num_classes), or None
+        without targets. During the warm-up the images are returned as they are, and the targets
+        unmixed but in the same form. :attr:`result` keeps the rest.
         """
         if not self.training or self.options.prob == 0:
             return images, targets
@@ -129,11 +133,13 @@ class SaliencyGraft(nn.Module):
             saliency,
             None,
             targets,
-            self.seed,
+            lambda: self.seed,
             self.step,
             rank,
-            self._grid_seed(rank),
+            lambda: self._host_call_seed(rank),
         )
+        if self._host_state is not None:
+            self._host_state = (self._host_state[0], self._host_state[1] + 1)
         self._mixed_pass_is_next = self._tap is not None
         return self.result.images, self.result.targets
 
@@ -174,7 +180,9 @@ class SaliencyGraft(nn.Module):
 
     def _take_tapped(self, images: Tensor) -> Tensor:
         if self._tap is None:
-            raise ValueError("features or saliency is needed: SaliencyGraft was given no layer to tap")
+            raise ValueError(
+                "features or saliency is needed: SaliencyGraft was given no layer to tap"
+            )
         features, self._tapped = self._tapped, None
         if features is None:
             raise RuntimeError(
@@ -187,17 +195,11 @@ class SaliencyGraft(nn.Module):
             )
         return features
 
-    def _grid_seed(self, rank: int) -> int | None:
-        """The call's seed as an int, for drawing a size: tracked here, as reading ``step`` would sync."""
-        if self.options.grid_size is None or functional.is_size(self.options.grid_size):
-            return None
-        if torch.compiler.is_compiling():
-            return None
+    def _host_call_seed(self, rank: int) -> int:
+        """The call's seed on the host, which counts the steps too: reading ``step`` may sync."""
         if self._host_state is None:
             self._host_state = int(self.seed), int(self.step)
-        seed, step = self._host_state
-        self._host_state = seed, step + 1
-        return int(rng.call_seed(seed, step, rank))
+        return int(rng.call_seed(*self._host_state, rank))
 
 
 def _forget_host_state(module: nn.Module, incompatible_keys: Any) -> None:
@@ -207,4 +209,6 @@ def _forget_host_state(module: nn.Module, incompatible_keys: Any) -> None:
 
 def _rank() -> int:
     distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return (
+        distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    )

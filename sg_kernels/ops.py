@@ -1,9 +1,10 @@
 """The operators torch.ops.sg_kernels.*: schemas, shapes, gradients.
 
-An operator has one overload per backend, ``torch.ops.sg_kernels.graft.cpp`` and so on. The schemas stand
-here and nowhere else; csrc implements them for ``cpp``.
+An operator has one overload per backend, ``torch.ops.sg_kernels.graft.cpp`` and so on. The schemas
+stand here and nowhere else; csrc implements them for ``cpp``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ SCHEMAS = {
     "graft_out": f"(Tensor(a!) out, {_GRAFT}) -> ()",
     "graft_backward": "(Tensor grad, Tensor mask, Tensor index, int augmentations) -> Tensor",
     "mix_targets": (
-        "(Tensor targets, Tensor lam, Tensor index, int num_classes, float label_smoothing) -> Tensor"
+        "(Tensor targets, Tensor lam, Tensor index, int num_classes, float label_smoothing)"
+        " -> Tensor"
     ),
     "saliency_graft": (
         f"({_SALIENCY_GRAFT}) -> "
@@ -49,7 +51,7 @@ def _reference_saliency_graft(*args: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-_REFERENCE = {
+_REFERENCE: dict[str, Callable[..., Any]] = {
     "channel_saliency": reference.channel_saliency,
     "graft": reference.graft,
     "graft_out": _reference_graft_out,
@@ -103,7 +105,7 @@ def _fake_saliency_graft(*args: Any) -> tuple[Tensor, ...]:
     return (out, *_fake_saliency_graft_out(out, *args))
 
 
-_FAKE = {
+_FAKE: dict[str, Callable[..., Any]] = {
     "channel_saliency": _fake_channel_saliency,
     "graft": _fake_graft,
     "graft_out": _fake_graft_out,
@@ -121,19 +123,21 @@ for _name, _schema in SCHEMAS.items():
     _library.impl(f"{_name}.reference", _REFERENCE[_name], "CompositeExplicitAutograd")
 
 _library.define("draw_seed() -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+torch.library.register_fake(
+    "sg_kernels::draw_seed", lambda: torch.empty(1, dtype=torch.int64), lib=_library
+)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> Tensor:
     """A fresh seed, int64 (1,), on the generator's device."""
+    if generator is None and torch.compiler.is_compiling():
+        # An operator, so that a compiled graph draws what eager code draws from torch's generator.
+        return torch.ops.sg_kernels.draw_seed()
     device = "cpu" if generator is None else generator.device
     return torch.empty(1, dtype=torch.int64, device=device).random_(generator=generator)
 
 
-# An operator, so that a compiled graph draws from torch's own generator, as eager code does.
-_library.impl("draw_seed", lambda: draw_seed(), "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "sg_kernels::draw_seed", lambda: torch.empty(1, dtype=torch.int64), lib=_library
-)
+_library.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
 
 
 def overload(name: str, backend: str) -> Any:
@@ -158,7 +162,12 @@ class Graft(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         mask, index = ctx.saved_tensors
-        return GraftBackward.apply(grad, mask, index, ctx.augmentations, ctx.backend), None, None, None
+        return (
+            GraftBackward.apply(grad, mask, index, ctx.augmentations, ctx.backend),
+            None,
+            None,
+            None,
+        )
 
 
 class GraftBackward(torch.autograd.Function):

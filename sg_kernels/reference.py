@@ -50,7 +50,7 @@ def normalize_scale(saliency: Tensor, normalize: str) -> Tensor:
 def select(
     saliency: Tensor, normalize: str, temperature: float, threshold: float, k: int | None
 ) -> Tensor:
-    """Stage 4: the salient cells, softmax(S / T) > threshold, or the k largest: bool (B, gh, gw)."""
+    """Stage 4: the salient cells, softmax(S / T) > threshold or the k largest, bool (B, gh, gw)."""
     flat = saliency.flatten(1)
     if k is None:
         peak = flat.amax(1, keepdim=True)
@@ -80,7 +80,7 @@ def sample(
 
 
 def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """Stage 6: the source's pixels where M is True, the destination's elsewhere. A copy, bit for bit.
+    """Stage 6: the source's pixels where M is True, the destination's elsewhere, bit for bit.
 
     A row whose index is out of range takes all its pixels from its source.
     """
@@ -213,7 +213,8 @@ def saliency_graft(
         step += 1
     if index is None:
         index = rng.pairing(seed, images.shape[0], augmentations, no_fixed_points).flatten()
-    if features is not None:
+    if saliency is None:
+        assert features is not None
         saliency = channel_saliency(features)
     else:
         saliency = torch.where(saliency >= 0, saliency, torch.nan).float()

@@ -1,4 +1,4 @@
-"""Every random draw of the method: Philox4x32-10, its counter layout, and what is made of its words.
+"""Every random draw of the method: Philox4x32-10, its counters, and what is made of its words.
 
 One 64-bit seed is the key; the counter says which draw is meant, so a draw depends on nothing else:
 
@@ -7,18 +7,20 @@ One 64-bit seed is the key; the counter says which draw is meant, so a draw depe
     c2  draw: the augmentation a, 0 .. augmentations - 1
     c3  stream: one of :class:`Stream`
 
-Words are uint32, held in int64 tensors here, and compared as integers: no backend rounds a draw. The
-same layout stands in csrc/philox.h.
+Words are uint32, held in int64 tensors here, and compared as integers: no backend rounds a draw.
+csrc/philox.h keeps to the same layout.
 """
 
 from enum import IntEnum
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Word = int | Tensor
+Word = Any
+"""A uint32 as a Python int, or many in an int64 tensor."""
 
 MASK32 = 0xFFFFFFFF
 ONE = 1 << 32
@@ -26,7 +28,7 @@ ONE = 1 << 32
 
 QUANTILE_BINS = 1024
 QUANTILE_BITS = 24
-"""Table nodes are rounded to this many bits, coarse enough that no libm's last bit shows in them."""
+"""Nodes of the table are rounded to so many bits: too few for the last bit of a libm to show."""
 
 
 class Stream(IntEnum):
@@ -36,12 +38,10 @@ class Stream(IntEnum):
     KEEP_PROB = 1  # word 0 draws p, word 1 decides whether the call grafts at all
     PAIRING = 2  # word b is the ticket of sample b
     GRID_SIZE = 3  # word 0 picks one of the sizes
-    CALL = 4  # block and row hold the step, draw the rank: words 0 and 1 are the seed of that call
+    CALL = 4  # block and row hold the step, draw the rank: words 0 and 1 seed that call
 
 
-def philox(
-    c0: Word, c1: Word, c2: Word, c3: Word, seed: Word
-) -> tuple[Word, Word, Word, Word]:
+def philox(c0: Word, c1: Word, c2: Word, c3: Word, seed: Word) -> tuple[Word, Word, Word, Word]:
     """Philox4x32-10 (Salmon et al., SC 2011) on Python ints or broadcastable int64 tensors.
 
     The counter words are uint32 values; ``seed`` gives the key, low word first. Returns four uint32
@@ -57,7 +57,10 @@ def philox(
 
 
 def _multiply(word: Word, factor: int) -> tuple[Word, Word]:
-    """The high and the low uint32 of a product, by halves: signed overflow is undefined in compiled code."""
+    """The high and the low uint32 of a product.
+
+    By halves, as a compiler may do anything with an int64 that overflows.
+    """
     upper, lower = word * (factor >> 16), word * (factor & 0xFFFF)
     return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & MASK32
 
@@ -71,7 +74,7 @@ def words(seed: Tensor, stream: Stream, count: int, rows: int = 1, draws: int = 
 
 
 def call_seed(seed: Word, step: Word, rank: int) -> Word:
-    """The seed of call number ``step`` on process ``rank``, from the seed that all of them share."""
+    """The seed of call number ``step`` on process ``rank``, from the seed that all share."""
     low, high, _, _ = philox(step & MASK32, (step >> 32) & MASK32, rank, Stream.CALL, seed)
     return low | high << 32
 
@@ -79,9 +82,10 @@ def call_seed(seed: Word, step: Word, rank: int) -> Word:
 def pairing(seed: Tensor, batch: int, draws: int, no_fixed_points: bool) -> Tensor:
     """A random permutation of the batch per draw: int64 (draws, batch).
 
-    Each sample holds a 32-bit ticket and index[b] is the rank of b's (ties: lower sample first), so all
-    permutations are equally likely. With ``no_fixed_points`` index[b] is the holder of the next higher
-    ticket, the last wrapping to the first: all cyclic permutations are, and no sample meets itself.
+    Each sample holds a 32-bit ticket and index[b] is the rank of b's (ties: lower sample first), so
+    all permutations are equally likely. With ``no_fixed_points`` index[b] is the holder of the next
+    higher ticket, the last wrapping to the first: all cyclic permutations are, and no sample meets
+    itself.
     """
     tickets = words(seed, Stream.PAIRING, batch, draws=draws)[:, 0]
     order = tickets.argsort(dim=1, stable=True)
@@ -130,4 +134,4 @@ def keep_threshold(word: Tensor, quantiles: Tensor) -> Tensor:
 
 def draw_grid_size(seed: int, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """One of ``sizes``, each as likely (paper: the grid's scale is drawn per mini-batch)."""
-    return sizes[int(philox(0, 0, 0, Stream.GRID_SIZE, seed)[0]) * len(sizes) >> 32]
+    return sizes[philox(0, 0, 0, Stream.GRID_SIZE, seed)[0] * len(sizes) >> 32]
