@@ -16,37 +16,6 @@
 namespace sg_kernels::cpu {
 namespace {
 
-// From this size on an output is written past the caches: they could not hold it until it is read, and
-// memory that is overwritten whole need not be fetched first.
-constexpr std::int64_t kStreamedBytes = 16 << 20;
-
-#ifdef __SSE2__
-void stream_bytes(char* to, const char* from, std::int64_t bytes) {
-  const auto* source = reinterpret_cast<const __m128i*>(from);
-  auto* target = reinterpret_cast<__m128i*>(to);
-  for (std::int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_loadu_si128(source + i));
-}
-
-bool streamable(const char* to, std::int64_t bytes) {
-  return (reinterpret_cast<std::uintptr_t>(to) | static_cast<std::uintptr_t>(bytes)) % 16 == 0;
-}
-
-void finish_streams() { _mm_sfence(); }
-#else
-void stream_bytes(char* to, const char* from, std::int64_t bytes) { std::memcpy(to, from, bytes); }
-
-bool streamable(const char*, std::int64_t) { return false; }
-
-void finish_streams() {}
-#endif
-
-void copy_bytes(char* to, const char* from, std::int64_t bytes, bool stream) {
-  if (stream && streamable(to, bytes))
-    stream_bytes(to, from, bytes);
-  else
-    std::memcpy(to, from, bytes);
-}
-
 // Neighbouring pixels of a line that come from one image.
 struct Run {
   std::int64_t begin, end;
@@ -70,20 +39,57 @@ void find_runs(const bool* cells, std::int64_t count, std::int64_t width, std::v
 struct Lines {
   std::int64_t channels, height, width, pixel;  // pixel in bytes
   bool dense;                                   // pixels of a line lie side by side
-  bool stream = false;                          // write them past the caches
 };
 
-template <class... Batches>
-Lines lines_of(std::int64_t element_size, const Batch& first, const Batches&... rest) {
+Lines lines_of(std::int64_t element_size, const Batch& from, const Batch& to) {
   const auto side_by_side = [&](std::int64_t pixel) {
-    const auto holds = [&](const Batch& b) { return b.column_stride == pixel || b.width == 1; };
-    return holds(first) && (holds(rest) && ...);
+    return from.width == 1 || (from.column_stride == pixel && to.column_stride == pixel);
   };
-  const auto together = [&](const Batch& b) { return b.channel_stride == element_size; };
-  const std::int64_t whole = first.channels * element_size;
-  if (together(first) && (together(rest) && ...) && side_by_side(whole))
-    return {1, first.height, first.width, whole, true};
-  return {first.channels, first.height, first.width, element_size, side_by_side(element_size)};
+  const std::int64_t whole = from.channels * element_size;
+  const bool together = from.channel_stride == element_size && to.channel_stride == element_size;
+  if (together && side_by_side(whole)) return {1, from.height, from.width, whole, true};
+  return {from.channels, from.height, from.width, element_size, side_by_side(element_size)};
+}
+
+constexpr std::int64_t kStreamWidth = 16;
+
+// Whether an output is written past the caches: from a size on they could not hold it until it is read,
+// and memory that is overwritten whole need not be fetched first. That holds only while no ordinary
+// store touches the same cache line, so every run must begin and end on a streamed store's boundary.
+bool is_streamed(
+    const Lines& lines, const Batch& out, Grid grid, [[maybe_unused]] std::int64_t element_size) {
+#ifdef __SSE2__
+  constexpr std::int64_t kStreamedBytes = 16 << 20;
+  const std::int64_t bytes = out.batch * out.channels * out.height * out.width * element_size;
+  if (!lines.dense || bytes < kStreamedBytes) return false;
+  std::uintptr_t bits = reinterpret_cast<std::uintptr_t>(out.data);
+  bits |= static_cast<std::uintptr_t>(out.batch_stride | out.row_stride);
+  if (lines.channels > 1) bits |= static_cast<std::uintptr_t>(out.channel_stride);
+  for (std::int64_t cell = 1; cell <= grid.width; ++cell)
+    bits |= static_cast<std::uintptr_t>(first_pixel(cell, lines.width, grid.width) * lines.pixel);
+  return bits % kStreamWidth == 0;
+#else
+  return false;
+#endif
+}
+
+void copy_bytes(char* to, const char* from, std::int64_t bytes, [[maybe_unused]] bool stream) {
+#ifdef __SSE2__
+  if (stream) {
+    for (std::int64_t i = 0; i < bytes; i += kStreamWidth)
+      _mm_stream_si128(
+          reinterpret_cast<__m128i*>(to + i),
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+void finish_streams() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
 }
 
 template <std::int64_t kPixel>
@@ -94,13 +100,9 @@ void copy_strided(
 }
 
 void copy_pixels(
-    const Lines& lines, char* to, std::int64_t to_stride, const char* from,
+    std::int64_t pixel, char* to, std::int64_t to_stride, const char* from,
     std::int64_t from_stride, std::int64_t count) {
-  if (lines.dense) {
-    copy_bytes(to, from, count * lines.pixel, lines.stream);
-    return;
-  }
-  switch (lines.pixel) {
+  switch (pixel) {
     case 1: return copy_strided<1>(to, to_stride, from, from_stride, count);
     case 2: return copy_strided<2>(to, to_stride, from, from_stride, count);
     case 4: return copy_strided<4>(to, to_stride, from, from_stride, count);
@@ -111,29 +113,51 @@ void copy_pixels(
 
 // One row of cells of one image: every line in it has the same runs.
 void graft_band(
-    const Lines& lines, const Batch& out, char* to, const Batch& images, const char* own,
-    const char* other, std::int64_t begin, std::int64_t end, const std::vector<Run>& runs) {
+    const Lines& lines, bool stream, const Batch& out, char* to, const Batch& images,
+    const char* own, const char* other, std::int64_t begin, std::int64_t end,
+    const std::vector<Run>& runs) {
   const std::int64_t line = lines.width * lines.pixel;
-  const bool whole = runs.size() == 1 && lines.dense &&
-      ((out.row_stride == line && images.row_stride == line) || end - begin == 1);
+  const bool one_block = runs.size() == 1 && lines.dense && out.row_stride == line &&
+      images.row_stride == line;
   for (std::int64_t c = 0; c < lines.channels; ++c) {
-    const std::int64_t from_plane = c * images.channel_stride, to_plane = c * out.channel_stride;
-    if (whole) {
-      const char* from = (runs[0].own ? own : other) + from_plane + begin * images.row_stride;
-      copy_bytes(to + to_plane + begin * out.row_stride, from, (end - begin) * line, lines.stream);
+    const std::int64_t from_plane = c * images.channel_stride;
+    char* to_plane = to + c * out.channel_stride;
+    if (one_block) {
+      const char* from = (runs[0].own ? own : other) + from_plane + begin * line;
+      copy_bytes(to_plane + begin * line, from, (end - begin) * line, stream);
       continue;
     }
     for (std::int64_t y = begin; y < end; ++y) {
       const std::int64_t from_line = from_plane + y * images.row_stride;
-      char* to_line = to + to_plane + y * out.row_stride;
+      char* to_line = to_plane + y * out.row_stride;
       for (const Run& run : runs) {
         const char* from = (run.own ? own : other) + from_line + run.begin * images.column_stride;
-        copy_pixels(
-            lines, to_line + run.begin * out.column_stride, out.column_stride, from,
-            images.column_stride, run.end - run.begin);
+        char* target = to_line + run.begin * out.column_stride;
+        const std::int64_t count = run.end - run.begin;
+        if (lines.dense)
+          copy_bytes(target, from, count * lines.pixel, stream);
+        else
+          copy_pixels(
+              lines.pixel, target, out.column_stride, from, images.column_stride, count);
       }
     }
   }
+}
+
+// The rows in an order in which a row's destination is the next row's source: the processor has then
+// fetched half of that image, and prefetched much of the rest.
+std::vector<std::int64_t> along_cycles(
+    const std::int64_t* index, std::int64_t batch, std::int64_t rows) {
+  std::vector<std::int64_t> order;
+  order.reserve(rows);
+  std::vector<bool> seen(rows);
+  for (std::int64_t start = 0; start < rows; ++start)
+    for (std::int64_t r = start; !seen[r]; r = r / batch * batch + index[r]) {
+      seen[r] = true;
+      order.push_back(r);
+      if (!in_range(index[r], batch)) break;
+    }
+  return order;
 }
 
 struct Contribution {
@@ -344,25 +368,26 @@ bool mix_targets(
 void graft(
     const Batch& images, std::int64_t element_size, const bool* mask, Grid grid,
     const std::int64_t* index, const Batch& out) {
-  Lines lines = lines_of(element_size, images, out);
+  const Lines lines = lines_of(element_size, images, out);
+  const bool stream = is_streamed(lines, out, grid, element_size);
+  const std::vector<std::int64_t> order = along_cycles(index, images.batch, out.batch);
+  const auto graft_bands = [&](std::int64_t first, std::int64_t last) {
+    std::vector<Run> runs;
+    for (std::int64_t unit = first; unit < last; ++unit) {
+      const std::int64_t r = order[unit / grid.height], band = unit % grid.height;
+      const std::int64_t own = r % images.batch;
+      const std::int64_t other = in_range(index[r], images.batch) ? index[r] : own;
+      find_runs(mask + r * grid.cells() + band * grid.width, grid.width, lines.width, runs);
+      graft_band(
+          lines, stream, out, out.data + r * out.batch_stride, images,
+          images.data + own * images.batch_stride, images.data + other * images.batch_stride,
+          first_pixel(band, lines.height, grid.height),
+          first_pixel(band + 1, lines.height, grid.height), runs);
+    }
+    finish_streams();
+  };
   const std::int64_t bytes = images.channels * images.height * images.width * element_size;
-  lines.stream = out.batch * bytes >= kStreamedBytes;
-  parallel_for(
-      out.batch * grid.height, bytes / (4 * grid.height), [&](std::int64_t first, std::int64_t last) {
-        std::vector<Run> runs;
-        for (std::int64_t unit = first; unit < last; ++unit) {
-          const std::int64_t r = unit / grid.height, band = unit % grid.height;
-          const std::int64_t own = r % images.batch;
-          const std::int64_t other = in_range(index[r], images.batch) ? index[r] : own;
-          find_runs(mask + r * grid.cells() + band * grid.width, grid.width, lines.width, runs);
-          graft_band(
-              lines, out, out.data + r * out.batch_stride, images,
-              images.data + own * images.batch_stride, images.data + other * images.batch_stride,
-              first_pixel(band, lines.height, grid.height),
-              first_pixel(band + 1, lines.height, grid.height), runs);
-        }
-        finish_streams();
-      });
+  parallel_for(out.batch * grid.height, bytes / (4 * grid.height), graft_bands);
 }
 
 void graft_backward(
