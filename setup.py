@@ -12,7 +12,12 @@ SANITIZE = os.environ.get("SG_KERNELS_SANITIZE", "")
 
 CPU = Extension(
     "sg_kernels.libsg_kernels_cpu",
-    sources=["csrc/library.cpp", "csrc/cpu/saliency.cpp", "csrc/cpu/graft.cpp"],
+    sources=[
+        "csrc/library.cpp",
+        "csrc/cpu/saliency.cpp",
+        "csrc/cpu/cells.cpp",
+        "csrc/cpu/graft.cpp",
+    ],
     depends=["csrc/philox.h", "csrc/graft.h", "csrc/cpu/kernels.h"],
     library_dirs=cpp_extension.library_paths(),
     libraries=["torch", "torch_cpu", "c10"],

@@ -49,12 +49,13 @@ Tensor empty(const Sizes& sizes, std::int32_t dtype) {
 // First touching a large fresh output costs more than writing it; in huge pages it costs far less.
 void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
+  constexpr std::uintptr_t kPage = 4096, kHugePage = std::uintptr_t{2} << 20;
   const auto begin = reinterpret_cast<std::uintptr_t>(fresh.data_ptr());
   const std::uintptr_t end = begin + fresh.numel() * fresh.element_size();
-  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const std::uintptr_t last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const std::uintptr_t first = begin / kPage * kPage;
+  const std::uintptr_t last = (end + kPage - 1) / kPage * kPage;
+  if (end - begin >= 2 * kHugePage)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
@@ -83,20 +84,30 @@ Batch batch_of(const Tensor& tensor) {
       strides[0] * size,
       strides[1] * size,
       strides[2] * size,
-      strides[3] * size};
+      strides[3] * size,
+      size};
 }
 
 Grid grid_of(const Tensor& map) { return {map.size(1), map.size(2)}; }
 
+// The type of a tensor's numbers, of which a complex element holds two.
 Float float_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Half: return Float::kHalf;
+    case ScalarType::Half:
+    case ScalarType::ComplexHalf: return Float::kHalf;
     case ScalarType::BFloat16: return Float::kBFloat16;
-    case ScalarType::Float: return Float::kFloat;
-    case ScalarType::Double: return Float::kDouble;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float16, bfloat16, float32 or float64");
+    case ScalarType::Float:
+    case ScalarType::ComplexFloat: return Float::kFloat;
+    case ScalarType::Double:
+    case ScalarType::ComplexDouble: return Float::kDouble;
+    default: STD_TORCH_CHECK(false, name, " must be floating point");
   }
+}
+
+bool is_complex(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::ComplexHalf || type == ScalarType::ComplexFloat ||
+      type == ScalarType::ComplexDouble;
 }
 
 template <class T>
@@ -142,7 +153,8 @@ Norm norm_of(const std::string& name) {
 }
 
 Tensor channel_saliency(const Tensor& features) {
-  STD_TORCH_CHECK(features.dim() == 4, "features must be (B, K, h, w)");
+  STD_TORCH_CHECK(
+      features.dim() == 4 && !is_complex(features), "features must be real, (B, K, h, w)");
   const Tensor map = empty(
       {features.size(0), features.size(2), features.size(3)}, aoti_torch_dtype_float32());
   cpu::channel_saliency(batch_of(features), float_of(features, "features"), data_to<float>(map));
@@ -160,22 +172,26 @@ Tensor checked_map(const Tensor& saliency) {
   return map;
 }
 
+void check_out(const Tensor& out, const Tensor& images, std::int64_t rows) {
+  STD_TORCH_CHECK(
+      out.dim() == 4 && out.size(0) == rows && out.size(1) == images.size(1) &&
+          out.size(2) == images.size(2) && out.size(3) == images.size(3) &&
+          out.scalar_type() == images.scalar_type(),
+      "out must have ", rows, " rows, of the images' size and dtype");
+}
+
 void graft_out(const Tensor& out, const Tensor& images, const Tensor& mask, const Tensor& index) {
-  STD_TORCH_CHECK(images.dim() == 4 && out.dim() == 4, "images and out must be (B, C, H, W)");
+  STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
   const Tensor cells = checked(mask, ScalarType::Bool, 3, "mask");
   const Tensor destinations = checked(index, ScalarType::Long, 1, "index");
   check_rows(mask.size(0), images.size(0), index);
-  STD_TORCH_CHECK(
-      out.size(0) == mask.size(0) && out.size(1) == images.size(1) &&
-          out.size(2) == images.size(2) && out.size(3) == images.size(3) &&
-          out.scalar_type() == images.scalar_type(),
-      "out must have a row for each of mask's, and the images' size and dtype");
+  check_out(out, images, mask.size(0));
   STD_TORCH_CHECK(
       mask.numel() == 0 || (mask.size(1) <= images.size(2) && mask.size(2) <= images.size(3)),
       "mask must be no finer than the images");
   cpu::graft(
-      batch_of(images), images.element_size(), data_of<bool>(cells), grid_of(mask),
-      data_of<std::int64_t>(destinations), batch_of(out));
+      batch_of(images), data_of<bool>(cells), grid_of(mask), data_of<std::int64_t>(destinations),
+      batch_of(out));
 }
 
 Tensor graft(const Tensor& images, const Tensor& mask, const Tensor& index) {
@@ -264,71 +280,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
   STD_TORCH_CHECK(
       grid.height >= 1 && grid.width >= 1 && (!k || (*k >= 1 && *k <= grid.cells())),
       "grid_size must be >= 1, and k in 1 .. cells");
-  const std::uint64_t seed = advance(seed_tensor, step, rank);
-
-  const Tensor index = empty({rows}, aoti_torch_dtype_int64());
-  auto* destinations = data_to<std::int64_t>(index);
+  std::optional<Tensor> given_destinations;
   if (given_index) {
+    given_destinations = checked(*given_index, ScalarType::Long, 1, "index");
     check_rows(rows, batch, *given_index);
-    const Tensor given = checked(*given_index, ScalarType::Long, 1, "index");
-    std::copy_n(data_of<std::int64_t>(given), rows, destinations);
-  } else {
-    for (std::int64_t draw = 0; draw < augmentations; ++draw)
-      cpu::pairing(seed, draw, batch, no_fixed_points, destinations + draw * batch);
   }
-
-  const Tensor saliency = features ? channel_saliency(*features) : checked_map(*ready_saliency);
-  STD_TORCH_CHECK(saliency.size(0) == batch, "features, saliency: not the batch of images");
-
-  const Grid from = grid_of(saliency);
-  const bool resampled = from.height != grid.height || from.width != grid.width;
-  const std::int64_t cells = grid.cells();
-  const auto* map = data_of<float>(saliency);
-  const auto storage = std::make_unique<float[]>(resampled ? batch * cells : 0);
-  const float* maps = resampled ? storage.get() : map;
-  const auto keep = std::make_unique<bool[]>(batch * cells);
-  const auto totals = std::make_unique<double[]>(batch);
+  check_out(out, images, rows);
+  STD_TORCH_CHECK(!targets || targets->size(0) == batch, "targets: not the batch of images");
+  std::optional<Tensor> dense_targets;
+  Targets source{};
+  if (targets) {
+    dense_targets = dense(*targets);
+    source = targets_of(*dense_targets, num_classes, label_smoothing);
+  }
   const Norm norm = norm_of(norm_name);
   const Selection selection{
       static_cast<float>(temperature), normalize_of(normalize), static_cast<float>(threshold),
       k.value_or(0)};
-  cpu::parallel_for(batch, 16 * cells, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t b = begin; b < end; ++b) {
-      if (resampled) cpu::resample(map + b * from.cells(), from, storage.get() + b * cells, grid);
-      cpu::select(maps + b * cells, cells, selection, keep.get() + b * cells);
-      totals[b] = cpu::total_weight(maps + b * cells, cells, norm);
-    }
-  });
+  const Tensor saliency = features ? channel_saliency(*features) : checked_map(*ready_saliency);
+  STD_TORCH_CHECK(saliency.size(0) == batch, "features, saliency: not the batch of images");
+
+  const std::uint64_t seed = advance(seed_tensor, step, rank);
+  const Tensor index = empty({rows}, aoti_torch_dtype_int64());
+  auto* destinations = data_to<std::int64_t>(index);
+  if (given_index)
+    std::copy_n(data_of<std::int64_t>(*given_destinations), rows, destinations);
+  else
+    for (std::int64_t draw = 0; draw < augmentations; ++draw)
+      cpu::pairing(seed, draw, batch, no_fixed_points, destinations + draw * batch);
 
   const Tensor mask = empty({rows, grid.height, grid.width}, aoti_torch_dtype_bool());
   const Tensor lam = empty({rows}, aoti_torch_dtype_float32());
-  const std::int64_t columns = targets ? num_classes : 0;
-  const Tensor mixed = empty({rows, columns}, aoti_torch_dtype_float32());
-  const std::optional<Tensor> rows_or_ids = targets ? std::optional(dense(*targets)) : std::nullopt;
-  STD_TORCH_CHECK(!targets || targets->size(0) == batch, "targets: not the batch of images");
-  const Targets source =
-      targets ? targets_of(*rows_or_ids, num_classes, label_smoothing) : Targets{};
+  const Tensor mixed = empty({rows, source.classes}, aoti_torch_dtype_float32());
   const Sampling sampling{
       seed, data_of<std::int64_t>(quantiles), quantiles.numel() - 1, prob, !k.has_value()};
-  cpu::parallel_for(rows, 16 * cells + 2 * columns, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t r = begin; r < end; ++r) {
-      const std::int64_t own = r % batch, draw = r / batch;
-      const bool valid = cpu::in_range(destinations[r], batch);
-      const std::int64_t other = valid ? destinations[r] : own;
-      bool* row_mask = data_to<bool>(mask) + r * cells;
-      cpu::sample(keep.get() + own * cells, own, draw, cells, sampling, row_mask);
-      float ratio = cpu::label_ratio(
-          maps + own * cells, totals[own], maps + other * cells, totals[other], row_mask, cells,
-          norm);
-      if (!valid) ratio = kNaN;
-      if (targets &&
-          !cpu::mix_targets(source, ratio, own, other, data_to<float>(mixed) + r * columns))
-        ratio = kNaN;
-      data_to<float>(lam)[r] = ratio;
-    }
-  });
-
-  graft_out(out, images, mask, index);
+  cpu::saliency_graft(
+      {batch_of(images), data_of<float>(saliency), grid_of(saliency), grid, destinations, selection,
+       sampling, norm, source},
+      {batch_of(out), data_to<float>(lam), data_to<bool>(mask), data_to<float>(mixed)});
   return {lam, index, mask, saliency, mixed};
 }
 

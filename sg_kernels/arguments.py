@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,11 +69,11 @@ class Options:
         if self.norm not in ("l1", "l2", "l2sq"):
             raise ValueError(f"norm must be 'l1', 'l2' or 'l2sq'; got {self.norm!r}")
         if self.k is not None:
-            _check_int("k", self.k, 1)
+            check_int("k", self.k, 1)
         if self.num_classes is not None:
-            _check_int("num_classes", self.num_classes, 1)
-        _check_int("augmentations", self.augmentations, 1)
-        _check_int("prefix_tokens", self.prefix_tokens, 0)
+            check_int("num_classes", self.num_classes, 1)
+        check_int("augmentations", self.augmentations, 1)
+        check_int("prefix_tokens", self.prefix_tokens, 0)
         if not isinstance(self.no_fixed_points, bool):
             raise TypeError(f"no_fixed_points must be a bool; got {self.no_fixed_points!r}")
         if self.grid_size is not None and not (
@@ -143,6 +144,8 @@ def check_out(out: Any, images: Tensor, rows: int) -> None:
         return
     if out.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
         raise ValueError("out must not share memory with images")
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride())):
+        raise ValueError(f"out must not overlap itself; got strides {out.stride()}")
 
 
 def feature_map(features: Any, options: Options, device: torch.device | None = None) -> Tensor:
@@ -236,11 +239,11 @@ def _is_sizes(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (float, int, np.floating)) and not isinstance(value, bool)
 
 
 def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return isinstance(value, (int, torch.SymInt, np.integer)) and not isinstance(value, bool)
 
 
 def _check_probability(name: str, value: Any) -> None:
@@ -248,7 +251,7 @@ def _check_probability(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number in [0, 1]; got {value!r}")
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
+def check_int(name: str, value: Any, least: int) -> None:
     if not (_is_int(value) and value >= least):
         raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
 

@@ -63,7 +63,7 @@ def choose(backend: str | None, device_type: str) -> str:
             if name not in UNAVAILABLE and device_type in devices:
                 return name
         raise RuntimeError(f"no backend takes tensors on {device_type!r}")
-    if asked not in DEVICES:
+    if not isinstance(asked, str) or asked not in DEVICES:
         raise ValueError(f"{origin} must be one of {', '.join(DEVICES)}; got {asked!r}")
     if asked in UNAVAILABLE:
         raise RuntimeError(f"{origin} {asked!r} cannot run here: {UNAVAILABLE[asked]}")

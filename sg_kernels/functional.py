@@ -391,7 +391,9 @@ def _quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> T
     key = (alpha, keep_prob, device)
     table = _tables.get(key)
     if table is None:
-        table = _build_quantiles(alpha, keep_prob, device)
+        # As a ratio: a compiler that holds the number for a symbol would not pass it on as it is.
+        p = alpha if keep_prob is None else keep_prob
+        table = _build_quantiles(p.as_integer_ratio(), keep_prob is not None, device)
         if not torch.compiler.is_compiling():
             if len(_tables) >= 64:  # a schedule of alpha or keep_prob must not grow it for ever
                 _tables.clear()
@@ -400,6 +402,6 @@ def _quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> T
 
 
 @torch.compiler.assume_constant_result
-def _build_quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> Tensor:
-    table = rng.beta_quantiles(alpha) if keep_prob is None else rng.fixed_quantiles(keep_prob)
-    return table.to(device)
+def _build_quantiles(ratio: tuple[int, int], fixed: bool, device: torch.device) -> Tensor:
+    p = ratio[0] / ratio[1]
+    return (rng.fixed_quantiles(p) if fixed else rng.beta_quantiles(p)).to(device)

@@ -31,7 +31,8 @@ class SaliencyGraft(nn.Module):
         seed: a 64-bit int; default: drawn from torch's own CPU generator.
 
     Attributes:
-        result: the :class:`sg_kernels.GraftResult` of the last call that mixed, None before.
+        result: the :class:`sg_kernels.GraftResult` of the last call that mixed, its images without
+            their gradient; None before.
 
     Raises:
         TypeError, ValueError: a bad argument, by its name.
@@ -86,8 +87,7 @@ class SaliencyGraft(nn.Module):
             prob=prob,
             backend=backend,
         )
-        if not (isinstance(warmup_epochs, int) and warmup_epochs >= 0):
-            raise ValueError(f"warmup_epochs must be an int >= 0; got {warmup_epochs!r}")
+        arguments.check_int("warmup_epochs", warmup_epochs, 0)
         self.warmup_epochs = warmup_epochs
         self.epoch = 0
         start = ops.draw_seed() if seed is None else arguments.seed_tensor(seed)
@@ -126,7 +126,7 @@ class SaliencyGraft(nn.Module):
         if features is None and saliency is None:
             features = self._take_tapped(images)
         rank = _rank()
-        self.result = functional.run(
+        result = functional.run(
             self.options,
             images,
             features,
@@ -141,10 +141,12 @@ class SaliencyGraft(nn.Module):
         if self._host_state is not None:
             self._host_state = (self._host_state[0], self._host_state[1] + 1)
         self._mixed_pass_is_next = self._tap is not None
-        return self.result.images, self.result.targets
+        self.result = result._replace(images=result.images.detach())
+        return result.images, result.targets
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch, from 0, the next calls belong to."""
+        arguments.check_int("epoch", epoch, 0)
         self.epoch = epoch
 
     def untap(self) -> None:

@@ -1,0 +1,46 @@
+PYTHON ?= python3
+# What development happens on; the package itself runs on every torch >= 2.10.
+TORCH ?= 2.13.0
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+TORCH_STAMP := $(VENV)/torch-$(TORCH).stamp
+STAMP := $(VENV)/installed.stamp
+NATIVE := setup.py $(shell find csrc -type f)
+
+.PHONY: help demo test lint build bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(STAMP) ## trains with and without grafting, compares the backends, draws benchmarks/results/demo.png
+	$(RUN) benchmarks/demo.py
+
+test: $(STAMP) ## the test suite
+	$(RUN) -m pytest
+
+lint: $(STAMP) ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+build: $(STAMP) ## the virtual environment and the compiled backend
+
+bench: $(STAMP) ## the CPU benchmark
+	$(RUN) benchmarks/compare_cpu.py
+
+clean: ## removes the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info sg_kernels/*.so
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .benchmarks
+
+# torch comes first and the project without isolation, so that it is compiled against this very torch.
+$(TORCH_STAMP):
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja "torch==$(TORCH)"
+	@rm -f $(VENV)/torch-*.stamp
+	@touch $@
+
+$(STAMP): $(TORCH_STAMP) pyproject.toml $(NATIVE)
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[dev,demo]"
+	@touch $@

@@ -1,0 +1,148 @@
+"""What the tests share: the backends, inputs in every layout, and how two results may differ."""
+
+import numpy as np
+import pytest
+import torch
+import truth
+
+import sg_kernels
+
+
+@pytest.fixture(params=sg_kernels.available_backends())
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, or the largest integer, instead of what was there before."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.set_deterministic_debug_mode(mode)
+
+
+LAYOUTS = (
+    "nchw",
+    "channels_last",
+    "sliced",
+    "sliced_channels_last",
+    "transposed",
+    "stepped",
+    "expanded",
+)
+
+
+def in_layout(tensor, layout):
+    """The same values under other strides; ``expanded`` repeats the first channel."""
+    match layout:
+        case "nchw":
+            return tensor.contiguous()
+        case "channels_last":
+            return tensor.contiguous(memory_format=torch.channels_last)
+        case "sliced":
+            b, c, h, w = tensor.shape
+            return _into(tensor.new_zeros(b, c + 1, h + 3, w + 2)[:, 1:, 1 : h + 1, 2:], tensor)
+        case "sliced_channels_last":
+            b, c, h, w = tensor.shape
+            return _into(
+                tensor.new_zeros(b, h + 1, w, c + 3)[:, 1:, :, 2:-1].permute(0, 3, 1, 2), tensor
+            )
+        case "transposed":
+            return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+        case "stepped":
+            b, c, h, w = tensor.shape
+            return _into(tensor.new_zeros(b, c, 2 * h, 3 * w)[:, :, ::2, ::3], tensor)
+        case "expanded":
+            return tensor[:, :1].contiguous().expand(tensor.shape)
+
+
+def _into(view, tensor):
+    return view.copy_(tensor)
+
+
+def random_bits(shape, dtype, seed=0):
+    """Every bit pattern of the dtype may come up, NaN payloads among them."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    raw = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
+    return raw.flatten(-2).view(dtype)
+
+
+def assert_same_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert torch.equal(truth.bits(actual), truth.bits(expected))
+
+
+def assert_masks_agree(mask, expected, unsure):
+    """Masks are equal but in cells whose e lies within float rounding of the threshold.
+
+    ``unsure`` marks those, for each sample; see :func:`truth.select`.
+    """
+    mask, expected = np.asarray(mask), np.asarray(expected)
+    assert mask.shape == expected.shape
+    allowed = np.tile(unsure, (len(mask) // max(len(unsure), 1), 1, 1))
+    assert not ((mask != expected) & ~allowed).any()
+
+
+def assert_fulfils_contract(
+    result,
+    images,
+    seed,
+    *,
+    features=None,
+    saliency=None,
+    temperature=0.2,
+    normalize="max",
+    threshold="mean",
+    grid_size=None,
+    alpha=1.0,
+    keep_prob=None,
+    selection="bernoulli",
+    k=None,
+    label="saliency",
+    norm="l1",
+    augmentations=1,
+    index=None,
+    no_fixed_points=False,
+    targets=None,
+    num_classes=None,
+    label_smoothing=0.0,
+    prob=1.0,
+):
+    """Every output of a call against the truth, stage by stage."""
+    batch = len(images)
+    saliency = truth.channel_saliency(features) if saliency is None else saliency.double().numpy()
+    np.testing.assert_allclose(result.saliency, saliency, rtol=1e-5, equal_nan=True)
+
+    if index is None:
+        index = [truth.pairing(seed, batch, a, no_fixed_points) for a in range(augmentations)]
+    assert result.index.tolist() == np.ravel(index).tolist()
+
+    grid = truth.resample(saliency, grid_size or saliency.shape[1:])
+    keep, unsure = truth.select(grid, normalize, temperature, threshold, k)
+    mask = truth.sample(keep, seed, alpha, keep_prob, prob, augmentations, sampled=k is None)
+    assert_masks_agree(result.mask, mask, unsure)
+
+    assert_same_bits(result.images, truth.graft(images, result.mask, result.index))
+
+    kind = "area" if label == "area" else norm
+    lam = truth.label_ratio(grid, result.mask.numpy(), result.index.tolist(), kind)
+    assert result.lam.dtype == torch.float32
+    np.testing.assert_allclose(result.lam, lam, rtol=1e-5)
+    assert ((result.lam >= 0) & (result.lam <= 1)).all()
+
+    if targets is None:
+        assert result.targets is None
+        return
+    width = targets.shape[1] if targets.dim() == 2 else num_classes
+    mixed = truth.mix_targets(targets, result.lam, result.index.tolist(), width, label_smoothing)
+    assert result.targets.dtype == torch.float32
+    np.testing.assert_allclose(result.targets, mixed, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,172 @@
+"""Which backends run, and which one a call gets."""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import sg_kernels
+from sg_kernels import backends
+
+PACKAGE = Path(sg_kernels.__file__).parent
+COMPILED = "cpp" in sg_kernels.available_backends()
+
+CALL = """
+import torch, sg_kernels
+result = sg_kernels.saliency_graft(torch.randn(4, 3, 8, 8), torch.randn(4, 6, 4, 4), seed=1)
+print(sg_kernels.available_backends(), result.index.tolist())
+"""
+
+
+@lru_cache
+def run(code, path=PACKAGE.parent, **environment):
+    """A process of its own, in which the package is imported from ``path``."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith("SG_KERNELS")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**base, "PYTHONPATH": str(path), **environment},
+        cwd=path,
+        capture_output=True,
+        text=True,
+    )
+
+
+def copy_without_library(path):
+    """A copy of the package as it is where nothing was compiled."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(PACKAGE, path / "sg_kernels", ignore=ignore)
+    return path
+
+
+@pytest.fixture(scope="module")
+def without_library(tmp_path_factory):
+    return copy_without_library(tmp_path_factory.mktemp("bare"))
+
+
+def test_the_reference_always_runs():
+    assert "reference" in sg_kernels.available_backends()
+
+
+def test_every_backend_is_available_or_says_why_not():
+    available, unavailable = sg_kernels.available_backends(), sg_kernels.unavailable_backends()
+    assert set(available) | set(unavailable) == set(backends.DEVICES)
+    assert not set(available) & set(unavailable)
+    assert all(unavailable.values())
+
+
+def test_what_is_returned_is_the_callers_own():
+    sg_kernels.unavailable_backends()["reference"] = "taken away"
+    assert "reference" not in sg_kernels.unavailable_backends()
+
+
+def test_the_preferred_backend_is_the_default(monkeypatch):
+    monkeypatch.setattr(backends, "ENVIRONMENT_CHOICE", None)
+    assert backends.choose(None, "cpu") == sg_kernels.available_backends()[0]
+
+
+def test_an_argument_goes_before_the_environment(backend, monkeypatch):
+    monkeypatch.setattr(backends, "ENVIRONMENT_CHOICE", "nonsense")
+    assert backends.choose(backend, "cpu") == backend
+
+
+def test_a_call_runs_on_the_backend_it_names(backend, monkeypatch):
+    called = []
+    overload = sg_kernels.ops.overload
+
+    def spy(name, backend):
+        called.append(backend)
+        return overload(name, backend)
+
+    monkeypatch.setattr(sg_kernels.ops, "overload", spy)
+    images = torch.randn(2, 3, 8, 8)
+    sg_kernels.saliency_graft(images, images, grid_size=(2, 2), backend=backend)
+    sg_kernels.channel_saliency(images, backend=backend)
+    sg_kernels.graft(images, torch.ones(2, 1, 1).bool(), torch.tensor([1, 0]), backend=backend)
+    sg_kernels.mix_targets(torch.rand(2, 3), torch.rand(2), torch.tensor([1, 0]), backend=backend)
+    assert called == [backend] * 4
+
+
+def test_an_unknown_backend_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"backend must be one of .*reference.*; got 'fpga'"):
+        backends.choose("fpga", "cpu")
+
+
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setitem(backends.UNAVAILABLE, "cpp", "the dog ate it")
+    with pytest.raises(RuntimeError, match="backend 'cpp' cannot run here: the dog ate it"):
+        backends.choose("cpp", "cpu")
+
+
+def test_a_backend_of_another_device_is_refused():
+    with pytest.raises(RuntimeError, match=r"backend 'reference' takes tensors on .*; got .* meta"):
+        backends.choose("reference", "meta")
+
+
+def test_a_device_without_a_backend_is_refused(monkeypatch):
+    monkeypatch.setattr(backends, "ENVIRONMENT_CHOICE", None)
+    with pytest.raises(RuntimeError, match="no backend takes tensors on 'meta'"):
+        backends.choose(None, "meta")
+
+
+def test_the_environment_chooses(backend):
+    code = "from sg_kernels import backends; print(backends.choose(None, 'cpu'))"
+    assert run(code, SG_KERNELS_BACKEND=backend).stdout.split() == [backend]
+
+
+def test_an_empty_environment_variable_chooses_nothing():
+    process = run(
+        "from sg_kernels import backends; print(backends.ENVIRONMENT_CHOICE)", SG_KERNELS_BACKEND=""
+    )
+    assert process.stdout.split() == ["None"]
+
+
+def test_an_unknown_name_in_the_environment_is_refused_by_the_call():
+    process = run(CALL, SG_KERNELS_BACKEND="fpga")
+    assert process.returncode != 0
+    assert "ValueError: SG_KERNELS_BACKEND must be one of" in process.stderr
+    assert "got 'fpga'" in process.stderr
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once(without_library):
+    process = run(CALL * 2, without_library)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("('reference',)")
+    assert process.stderr.count("Warning") == 1
+    assert "sg_kernels runs on its slower PyTorch reference" in process.stderr
+    assert "libsg_kernels_cpu.so is missing" in process.stderr
+
+
+def test_without_the_library_asking_for_it_is_refused_with_the_reason(without_library):
+    process = run(CALL, without_library, SG_KERNELS_BACKEND="cpp")
+    assert process.returncode != 0
+    assert "RuntimeError: SG_KERNELS_BACKEND 'cpp' cannot run here: not built" in process.stderr
+
+
+def test_a_library_that_does_not_load_is_reported_and_not_used(tmp_path):
+    broken = copy_without_library(tmp_path) / "sg_kernels" / "libsg_kernels_cpu.so"
+    broken.write_bytes(b"not a library")
+    process = run(CALL, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("('reference',)")
+    assert "built, but does not load" in process.stderr
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs a compiled backend")
+def test_with_the_library_nothing_is_warned_of():
+    process = run(CALL * 2)
+    assert process.returncode == 0, process.stderr
+    assert not process.stderr
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs a compiled backend")
+def test_the_same_seed_pairs_alike_with_and_without_the_library(without_library):
+    pairings = [
+        run(CALL * 2, path).stdout.splitlines()[0].split(") ")[1]
+        for path in (PACKAGE.parent, without_library)
+    ]
+    assert pairings[0] == pairings[1]

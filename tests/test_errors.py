@@ -1,0 +1,604 @@
+"""What each argument refuses: one error that names it, before anything is touched."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sg_kernels
+from sg_kernels import (
+    SaliencyGraft,
+    channel_saliency,
+    graft,
+    mix_criterion,
+    mix_targets,
+    saliency_graft,
+)
+
+REFUSALS = (TypeError, ValueError)
+NOT_NUMBERS = [None, "1", True, [1.0], 1j, torch.tensor(1.0)]
+NOT_INTS = ["1", True, 1.0, [1], torch.tensor(1)]
+
+OPTIONS = {
+    "temperature": [*NOT_NUMBERS, 0, -0.1, math.nan, math.inf, -math.inf],
+    "normalize": [None, "l1", "MAX", "", 1, ["max"]],
+    "threshold": [None, "max", True, -0.1, 1, 1.0, 7, math.nan, math.inf, [0.5]],
+    "grid_size": [
+        7,
+        "77",
+        (7,),
+        (7, 7, 7),
+        (0, 7),
+        (7, -1),
+        (1.0, 2),
+        (True, 2),
+        [],
+        (),
+        [(2, 2), (0, 1)],
+        [(2, 2), 3],
+        (17, 4),
+        (4, 17),
+        [(2, 2), (4, 17)],
+        torch.tensor([2, 2]),
+    ],
+    "alpha": [*NOT_NUMBERS, 0, -1.0, math.nan, math.inf],
+    "keep_prob": [*NOT_NUMBERS[1:], -0.1, 1.1, math.nan, math.inf],
+    "selection": [None, "top", "TOPK", 1],
+    "k": [3],
+    "label": [None, "lam", 1],
+    "norm": [None, "l3", "max", 1, "area"],
+    "augmentations": [None, *NOT_INTS, 0, -1],
+    "no_fixed_points": [None, 1, "yes"],
+    "num_classes": [*NOT_INTS, 0, -1],
+    "label_smoothing": [*NOT_NUMBERS, -0.1, 1.1, math.nan],
+    "token_grid": [3, (3,), (0, 5), (1.0, 2), "34", [(2, 2)]],
+    "prefix_tokens": [None, *NOT_INTS, -1, 2],
+    "backend": ["nonsense", "", 3, ["reference"]],
+}
+PAIRS = [(name, value) for name, values in OPTIONS.items() for value in values]
+
+
+def ids(pairs):
+    return [f"{name}-{value}".replace("\n", "") for name, value in pairs]
+
+
+def named(argument):
+    """The argument as a word of its own."""
+    return rf"\b{argument}\b"
+
+
+def inputs():
+    return torch.randn(4, 3, 16, 16), torch.randn(4, 6, 4, 4)
+
+
+@pytest.mark.parametrize(("name", "value"), PAIRS, ids=ids(PAIRS))
+def test_saliency_graft_refuses_an_option(name, value):
+    with pytest.raises(REFUSALS, match=named(name)):
+        saliency_graft(*inputs(), **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), PAIRS, ids=ids(PAIRS))
+def test_the_module_refuses_an_option(name, value):
+    images, features = inputs()
+    with pytest.raises(REFUSALS, match=named(name)):
+        SaliencyGraft(**{name: value})(images, features=features)
+
+
+@pytest.mark.parametrize("k", [None, *NOT_INTS, 0, -1, 17])
+def test_top_k_refuses_a_k(k):
+    with pytest.raises(REFUSALS, match=named("k")):
+        saliency_graft(*inputs(), selection="topk", k=k)
+
+
+def tensors():
+    """Arguments that are tensors, and what is wrong with each."""
+    images, features = inputs()
+    saliency = torch.rand(4, 4, 4)
+    meta = {"device": "meta"}
+    yield (
+        "images",
+        [
+            {"images": value}
+            for value in (
+                None,
+                [[1.0]],
+                np.zeros((4, 3, 16, 16)),
+                images[0],
+                images[None],
+                images.to_sparse(),
+            )
+        ],
+    )
+    yield (
+        "features",
+        [
+            {"features": value}
+            for value in (
+                [[1.0]],
+                features.numpy(),
+                features[0],
+                features.flatten(2),
+                features[None],
+                features.int(),
+                features.bool(),
+                features.to(torch.complex64),
+                features[:3],
+                features[:, :, :0],
+                features[..., :0],
+                features.to_sparse(),
+                features.to(**meta),
+                None,
+            )
+        ],
+    )
+    yield (
+        "saliency",
+        [
+            {"features": None, "saliency": value}
+            for value in (
+                saliency.numpy(),
+                saliency[0],
+                saliency[None],
+                saliency.long(),
+                saliency[:3],
+                saliency[:, :0],
+                saliency - 0.5,
+                saliency.to_sparse(),
+                saliency.to(**meta),
+                None,
+            )
+        ]
+        + [{"saliency": saliency}],
+    )
+    index = torch.tensor([1, 0, 3, 2])
+    yield (
+        "index",
+        [
+            {"index": value}
+            for value in (
+                [1, 0, 3, 2],
+                index.numpy(),
+                index.int(),
+                index.float(),
+                index[None],
+                index[:3],
+                index.repeat(2),
+                index + 1,
+                index - 1,
+                index * 2**60,
+                index.to(**meta),
+            )
+        ]
+        + [{"index": index, "augmentations": 2}, {"index": index, "no_fixed_points": True}],
+    )
+    classes, dense = torch.tensor([0, 1, 2, 4]), torch.rand(4, 5)
+    yield (
+        "targets",
+        [
+            {"targets": value, "num_classes": 5}
+            for value in (
+                [0, 1, 2, 4],
+                classes.numpy(),
+                torch.tensor(3),
+                classes[:3],
+                classes.repeat(2),
+                classes.float(),
+                classes.bool(),
+                classes.to(torch.complex64),
+                classes + 1,
+                classes - 1,
+                classes.to(torch.uint64) * 2**63,
+                dense[:3],
+                dense[None],
+                dense.to(torch.complex64),
+                dense.to_sparse(),
+                classes.to(**meta),
+            )
+        ],
+    )
+    yield (
+        "num_classes",
+        [
+            {"targets": classes},
+            {"targets": dense, "num_classes": 4},
+            {"targets": dense, "num_classes": 6},
+        ],
+    )
+    yield (
+        "generator",
+        [{"generator": value} for value in (5, "cpu", np.random.default_rng())]
+        + [{"generator": torch.Generator(), "seed": 1}],
+    )
+    yield (
+        "seed",
+        [
+            {"seed": value}
+            for value in (
+                1.0,
+                "1",
+                True,
+                [1],
+                2**64,
+                -(2**63) - 1,
+                torch.tensor([1, 2]),
+                torch.tensor([]).long(),
+                torch.tensor([1.0]),
+                torch.tensor([1], dtype=torch.int32),
+                torch.tensor([1], **meta),
+            )
+        ],
+    )
+    out, twice = torch.zeros(4, 3, 16, 16), images.repeat(2, 1, 1, 1)
+    yield (
+        "out",
+        [
+            {"out": value}
+            for value in (
+                out.numpy(),
+                out[0],
+                out[:3],
+                out[:, :2],
+                out[:, :, :8],
+                out.repeat(2, 1, 1, 1),
+                out.double(),
+                out.to(**meta),
+                out.to_sparse(),
+                out.clone().requires_grad_(),
+                out[:1].expand(4, 3, 16, 16),
+            )
+        ]
+        + [
+            {"out": out, "augmentations": 2},
+            {"out": out, "images": images.clone().requires_grad_()},
+            {"out": images, "images": images},
+            {"out": twice[2:6], "images": twice[:4]},
+        ],
+    )
+    yield (
+        "token_grid",
+        [
+            {"token_grid": (4, 4), "saliency": saliency, "features": None},
+            {"token_grid": (4, 3), "features": features.flatten(2).transpose(1, 2)},
+            {"token_grid": (4, 4), "prefix_tokens": 1, "features": features.flatten(2).mT},
+        ],
+    )
+    yield "prefix_tokens", [{"prefix_tokens": 1, "saliency": saliency, "features": None}]
+    yield (
+        "no_fixed_points",
+        [{"no_fixed_points": True, "images": images[:1], "features": features[:1]}],
+    )
+    yield (
+        "grid_size",
+        [
+            {"features": torch.randn(4, 6, 17, 4)},
+            {"features": torch.randn(4, 6, 4, 17)},
+        ],
+    )
+
+
+TENSORS = [(name, i, change) for name, changes in tensors() for i, change in enumerate(changes)]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, change) for name, _, change in TENSORS],
+    ids=[f"{name}-{i}" for name, i, _ in TENSORS],
+)
+def test_saliency_graft_refuses_a_tensor(name, change, backend):
+    images, features = inputs()
+    arguments = {"images": images, "features": features, "backend": backend, **change}
+    with pytest.raises(REFUSALS, match=named(name)):
+        saliency_graft(**arguments)
+
+
+@pytest.mark.parametrize("seed", [1.0, "1", True, [1], 2**64, -(2**63) - 1, torch.tensor([1, 2])])
+def test_the_module_refuses_a_seed(seed):
+    with pytest.raises(REFUSALS, match=named("seed")):
+        SaliencyGraft(seed=seed)
+
+
+@pytest.mark.parametrize("prob", [*NOT_NUMBERS, -0.1, 1.1, math.nan])
+def test_the_module_refuses_a_prob(prob):
+    with pytest.raises(REFUSALS, match=named("prob")):
+        SaliencyGraft(prob=prob)
+
+
+@pytest.mark.parametrize("epochs", [None, *NOT_INTS, -1, 1.5])
+def test_the_module_refuses_warmup_epochs(epochs):
+    with pytest.raises(REFUSALS, match=named("warmup_epochs")):
+        SaliencyGraft(warmup_epochs=epochs)
+
+
+@pytest.mark.parametrize("epoch", [None, *NOT_INTS, -1])
+def test_set_epoch_refuses_an_epoch(epoch):
+    with pytest.raises(REFUSALS, match=named("epoch")):
+        SaliencyGraft().set_epoch(epoch)
+
+
+@pytest.mark.parametrize("layer", [5, "layer4", lambda images: images, nn.Linear])
+def test_the_module_refuses_a_layer(layer):
+    with pytest.raises(TypeError, match=named("layer")):
+        SaliencyGraft(layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("images", {"images": None}),
+        ("images", {"images": torch.zeros(3, 16, 16)}),
+        ("features", {"features": torch.zeros(3, 6, 4, 4)}),
+        ("features", {"features": None}),
+        ("saliency", {"features": None, "saliency": -torch.ones(4, 4, 4)}),
+        ("saliency", {"saliency": torch.ones(4, 4, 4)}),
+        ("targets", {"targets": torch.tensor([0, 1, 2, 5])}),
+        ("targets", {"targets": torch.zeros(3, 5)}),
+        ("num_classes", {"targets": torch.zeros(4, 6)}),
+    ],
+)
+def test_a_call_of_the_module_refuses(name, change, backend):
+    images, features = inputs()
+    module = SaliencyGraft(num_classes=5, backend=backend)
+    with pytest.raises(REFUSALS, match=named(name)):
+        module(**{"images": images, "features": features, **change})
+    assert int(module.step) == 0
+
+
+FEATURES = torch.randn(2, 6, 4, 4)
+CHANNEL_SALIENCY = [
+    ("features", {"features": value})
+    for value in (
+        None,
+        FEATURES.numpy(),
+        FEATURES[0],
+        FEATURES[None],
+        FEATURES.int(),
+        FEATURES.to(torch.complex64),
+        FEATURES.to(torch.float8_e5m2),
+        FEATURES.to_sparse(),
+    )
+] + [
+    ("features", {"features": FEATURES, "token_grid": (4, 4)}),
+    ("features", {"features": FEATURES.flatten(2)}),
+    ("token_grid", {"features": FEATURES.flatten(2).mT, "token_grid": (4, 3)}),
+    ("token_grid", {"features": FEATURES.flatten(2).mT, "token_grid": 16}),
+    ("prefix_tokens", {"prefix_tokens": 1}),
+    (
+        "prefix_tokens",
+        {"features": FEATURES.flatten(2).mT, "token_grid": (4, 4), "prefix_tokens": 1},
+    ),
+    ("prefix_tokens", {"prefix_tokens": -1}),
+    ("backend", {"backend": "nonsense"}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), CHANNEL_SALIENCY)
+def test_channel_saliency_refuses(name, change):
+    with pytest.raises(REFUSALS, match=named(name)):
+        channel_saliency(**{"features": FEATURES, **change})
+
+
+IMAGES, MASK = torch.randn(4, 3, 8, 8), torch.rand(8, 4, 4) > 0.5
+INDEX, OUT = torch.tensor([1, 0, 3, 2, 0, 0, 0, 0]), torch.zeros(8, 3, 8, 8)
+GRAFT = [
+    *[
+        ("images", {"images": value})
+        for value in (None, IMAGES.numpy(), IMAGES[0, 0], IMAGES[None], IMAGES.to_sparse())
+    ],
+    *[
+        ("mask", {"mask": value})
+        for value in (
+            None,
+            MASK.numpy(),
+            MASK.float(),
+            MASK.to(torch.uint8),
+            MASK[0],
+            MASK[:, None],
+            MASK[:7],
+            MASK[:0],
+            MASK[:, :0],
+            MASK.repeat(1, 3, 1),
+            MASK.repeat(1, 1, 3),
+            MASK.to("meta"),
+        )
+    ],
+    ("mask", {"images": IMAGES[:0]}),
+    *[
+        ("index", {"index": value})
+        for value in (
+            None,
+            INDEX.tolist(),
+            INDEX.int(),
+            INDEX.bool(),
+            INDEX[:4],
+            INDEX[None],
+            INDEX + 1,
+            INDEX - 1,
+            INDEX * 2**60,
+            INDEX.to("meta"),
+        )
+    ],
+    *[
+        ("out", {"out": value})
+        for value in (
+            OUT.numpy(),
+            OUT[:4],
+            OUT[0],
+            OUT[:, :1],
+            OUT.double(),
+            OUT.to("meta"),
+            OUT.clone().requires_grad_(),
+            OUT[:1].expand(8, 3, 8, 8),
+        )
+    ],
+    ("out", {"out": OUT, "images": IMAGES.clone().requires_grad_()}),
+    ("out", {"out": IMAGES, "mask": MASK[:4], "index": INDEX[:4]}),
+    ("out", {"out": OUT, "images": IMAGES[:, 0]}),
+    ("out", {"out": OUT[:, 0].double(), "images": IMAGES[:, 0]}),
+    ("backend", {"backend": "nonsense"}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), GRAFT)
+def test_graft_refuses(name, change, backend):
+    arguments = {"images": IMAGES, "mask": MASK, "index": INDEX, "backend": backend, **change}
+    with pytest.raises(REFUSALS, match=named(name)):
+        graft(**arguments)
+
+
+CLASSES, DENSE, LAM = torch.tensor([0, 1, 2, 4]), torch.rand(4, 5), torch.rand(8)
+MIX_TARGETS = [
+    *[
+        ("targets", {"targets": value})
+        for value in (
+            None,
+            CLASSES.tolist(),
+            torch.tensor(1),
+            CLASSES.float(),
+            CLASSES.bool(),
+            CLASSES.to(torch.complex64),
+            CLASSES + 1,
+            CLASSES - 1,
+            DENSE[None],
+            DENSE.to(torch.complex64),
+            DENSE.to_sparse(),
+        )
+    ],
+    *[
+        ("lam", {"lam": value})
+        for value in (None, 0.5, LAM.tolist(), LAM.double(), LAM[None], LAM[:7], LAM.to("meta"))
+    ],
+    ("lam", {"targets": CLASSES[:0]}),
+    *[
+        ("index", {"index": value})
+        for value in (
+            None,
+            INDEX.tolist(),
+            INDEX.int(),
+            INDEX[:4],
+            INDEX + 1,
+            INDEX - 1,
+            INDEX[None],
+        )
+    ],
+    *[("num_classes", {"num_classes": value}) for value in (None, 0, -1, 5.0, True, "5")],
+    ("num_classes", {"targets": DENSE, "num_classes": 6}),
+    *[
+        ("label_smoothing", {"label_smoothing": value})
+        for value in (None, -0.1, 1.1, "0", math.nan)
+    ],
+    ("backend", {"backend": "nonsense"}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), MIX_TARGETS)
+def test_mix_targets_refuses(name, change, backend):
+    arguments = {"targets": CLASSES, "lam": LAM, "index": INDEX, "num_classes": 5}
+    with pytest.raises(REFUSALS, match=named(name)):
+        mix_targets(**{**arguments, "backend": backend, **change})
+
+
+RESULT = saliency_graft(*inputs(), augmentations=2, seed=1, backend="reference")
+
+
+def one_loss_a_row(logits, targets):
+    return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("criterion", {"criterion": nn.CrossEntropyLoss()}),
+        ("criterion", {"criterion": lambda logits, targets: logits[:3].sum(1)}),
+        ("criterion", {"criterion": None}),
+        ("criterion", {"criterion": "cross_entropy"}),
+        ("logits", {"logits": None}),
+        ("logits", {"logits": torch.randn(4, 5)}),
+        ("logits", {"logits": torch.tensor(1.0)}),
+        ("targets", {"targets": [0, 1, 2, 3]}),
+        ("targets", {"targets": torch.arange(8) % 5}),
+        ("targets", {"targets": torch.tensor(1)}),
+        ("result", {"result": None}),
+        ("result", {"result": tuple(RESULT)}),
+        ("result", {"result": RESULT.lam}),
+    ],
+)
+def test_mix_criterion_refuses(name, change):
+    arguments = {
+        "criterion": one_loss_a_row,
+        "logits": torch.randn(8, 5),
+        "targets": torch.arange(4),
+        "result": RESULT,
+    }
+    with pytest.raises(REFUSALS, match=named(name)):
+        mix_criterion(**{**arguments, **change})
+
+
+WRONG = [
+    {"temperature": 0},
+    {"features": torch.randn(3, 6, 4, 4)},
+    {"index": torch.tensor([0, 1, 2, 4])},
+    {"targets": torch.tensor([0, 1, 2, 3]), "num_classes": 3},
+    {"grid_size": (17, 1)},
+    {"backend": "nonsense"},
+]
+
+
+@pytest.mark.parametrize("change", WRONG, ids=[next(iter(change)) for change in WRONG])
+def test_a_refused_call_touches_neither_out_nor_inputs(change):
+    images, features = inputs()
+    out = torch.full_like(images, torch.nan)
+    before = images.clone(), features.clone()
+    with pytest.raises(REFUSALS):
+        saliency_graft(**{"images": images, "features": features, "out": out, **change})
+    assert out.isnan().all()
+    assert torch.equal(images, before[0])
+    assert torch.equal(features, before[1])
+
+
+@pytest.mark.parametrize("change", WRONG, ids=[next(iter(change)) for change in WRONG])
+@pytest.mark.parametrize("own", [True, False], ids=["own generator", "torch's"])
+def test_a_refused_call_draws_nothing(change, own):
+    images, features = inputs()
+    generator = torch.Generator() if own else torch.default_generator
+    before = generator.get_state()
+    arguments = {"generator": generator} if own else {}
+    with pytest.raises(REFUSALS):
+        saliency_graft(**{"images": images, "features": features, **arguments, **change})
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_what_was_given_and_what_is_accepted_are_told():
+    with pytest.raises(ValueError, match=r"temperature must be .* > 0; got -2"):
+        saliency_graft(*inputs(), temperature=-2)
+    with pytest.raises(ValueError, match=r"index must lie in 0 .. 3; got -1 .. 7"):
+        saliency_graft(*inputs(), index=torch.tensor([0, -1, 7, 1]))
+    with pytest.raises(TypeError, match=r"features must be .*float16.*; got torch.int32"):
+        saliency_graft(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 2, 2, dtype=torch.int32))
+
+
+def test_edge_values_are_accepted(backend):
+    images, features = inputs()
+    for change in (
+        {"threshold": 0.0},
+        {"keep_prob": 1},
+        {"label_smoothing": 1},
+        {"temperature": 1e-30},
+        {"temperature": 1e30},
+        {"alpha": 1e-3},
+        {"alpha": 1e5},
+        {"grid_size": (16, 16)},
+        {"selection": "topk", "k": 16},
+        {"seed": 2**64 - 1},
+        {"seed": -(2**63)},
+    ):
+        result = saliency_graft(images, features, backend=backend, **change)
+        assert not result.lam.isnan().any()
+
+
+def test_every_argument_has_a_refusal_here():
+    tested = {*OPTIONS, *(name for name, _, _ in TENSORS)}
+    code = sg_kernels.saliency_graft.__code__
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    assert tested == set(names)

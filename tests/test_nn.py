@@ -1,0 +1,504 @@
+"""The module of a training loop."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import truth
+from conftest import assert_fulfils_contract, assert_same_bits
+from torch import nn
+from torch.nn import functional as F
+
+import sg_kernels
+from sg_kernels import SaliencyGraft, rng, saliency_graft
+
+
+def batch_of(batch=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, 3, 16, 16, generator=generator)
+    features = torch.randn(batch, 8, 4, 4, generator=generator)
+    return images, torch.arange(batch) % 5, features
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images):
+        return self.head(self.body(images).mean((2, 3)))
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+OPTIONS = {
+    "default": {},
+    "softmax": {"temperature": 0.5, "normalize": "mean", "threshold": 0.05},
+    "grid": {"grid_size": (2, 5), "norm": "l2"},
+    "alpha": {"alpha": 0.4, "label": "area"},
+    "keep_prob": {"keep_prob": 0.7, "norm": "l2sq"},
+    "topk": {"selection": "topk", "k": 5},
+    "augmentations": {"augmentations": 3, "no_fixed_points": True, "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("seed", [0, -1, 2**64 - 5])
+def test_a_call_is_the_function_with_that_calls_seed(backend, options, seed):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, seed=seed, backend=backend, **options)
+    for step in range(3):
+        mixed, targets = module(images, ids, features=features)
+        expected = saliency_graft(
+            images,
+            features,
+            targets=ids,
+            num_classes=5,
+            seed=rng.call_seed(seed, step, 0),
+            backend=backend,
+            **options,
+        )
+        assert equal(module.result, expected)
+        assert mixed.data_ptr() == module.result.images.data_ptr()
+        assert targets is module.result.targets
+        assert int(module.step) == step + 1
+
+
+def test_a_call_fulfils_the_contract(backend):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, seed=3, label_smoothing=0.1, backend=backend)
+    module(images, ids, features=features)
+    assert_fulfils_contract(
+        module.result,
+        images,
+        truth.call_seed(3, 0, 0),
+        features=features,
+        targets=ids,
+        num_classes=5,
+        label_smoothing=0.1,
+    )
+
+
+def test_a_ready_saliency_map_goes_with_a_call(backend):
+    images, ids, features = batch_of()
+    saliency = sg_kernels.channel_saliency(features)
+    by_map = SaliencyGraft(num_classes=5, seed=3, backend=backend)
+    by_features = SaliencyGraft(num_classes=5, seed=3, backend=backend)
+    by_map(images, ids, saliency=saliency)
+    by_features(images, ids, features=features)
+    assert torch.equal(by_map.result.mask, by_features.result.mask)
+    assert_same_bits(by_map.result.images, by_features.result.images)
+
+
+def test_tokens_go_with_a_call(backend):
+    images, _, features = batch_of()
+    tokens = torch.cat([torch.ones(4, 2, 8), features.flatten(2).transpose(1, 2)], 1)
+    plain = SaliencyGraft(seed=3, backend=backend)
+    plain(images, features=features)
+    module = SaliencyGraft(seed=3, token_grid=(4, 4), prefix_tokens=2, backend=backend)
+    module(images, features=tokens)
+    assert torch.equal(module.result.mask, plain.result.mask)
+
+
+def test_without_targets_none_come_back(backend):
+    images, _, features = batch_of()
+    mixed, targets = SaliencyGraft(seed=1, backend=backend)(images, features=features)
+    assert targets is None
+    assert not torch.equal(mixed, images)
+
+
+def test_the_layers_output_is_the_feature_map(backend):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, seed=3, backend=backend)
+    net(images)
+    module(images, ids)
+    features = net.body(images).detach()
+    torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
+    assert_fulfils_contract(
+        module.result,
+        images,
+        truth.call_seed(3, 0, 0),
+        features=features,
+        targets=ids,
+        num_classes=5,
+    )
+
+
+def test_the_pass_of_the_mixed_images_is_not_the_next_clean_one(backend):
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, seed=3, backend=backend)
+    for seed in range(3):
+        images, ids, _ = batch_of(seed=seed)
+        with torch.no_grad():
+            net(images)
+        mixed, targets = module(images, ids)
+        F.cross_entropy(net(mixed), targets).backward()
+        with torch.no_grad():
+            # through the layer's children, as the layer itself is tapped
+            features = net.body[1](net.body[0](images))
+        torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
+
+
+def test_a_second_call_on_one_pass_is_refused(backend):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, backend=backend)
+    net(images)
+    mixed, _ = module(images, ids)
+    with pytest.raises(RuntimeError, match="layer"):
+        module(images, ids)
+    net(mixed)
+    with pytest.raises(RuntimeError, match="layer"):
+        module(images, ids)
+
+
+def test_a_call_before_any_pass_is_refused(backend):
+    images, ids, _ = batch_of()
+    with pytest.raises(RuntimeError, match="layer"):
+        SaliencyGraft(Net().body, num_classes=5, backend=backend)(images, ids)
+
+
+def test_a_pass_of_another_batch_is_refused(backend):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, backend=backend)
+    net(images[:3])
+    with pytest.raises(ValueError, match="images"):
+        module(images, ids)
+
+
+def test_the_tap_keeps_no_graph(backend):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, backend=backend)
+    net(images)
+    assert not module._tapped.requires_grad
+    module(images, ids)
+    assert module._tapped is None
+
+
+def test_features_given_take_precedence_over_the_layer(backend):
+    images, ids, features = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, backend=backend)
+    net(images)
+    module(images, ids, features=features)
+    torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
+
+
+def test_untap_lets_go_of_the_layer(backend):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, backend=backend)
+    module.untap()
+    assert not net.body._forward_hooks
+    with pytest.raises(ValueError, match="features"):
+        module(images, ids)
+    module.untap()
+
+
+def test_a_layer_that_returns_no_tensor_is_refused():
+    class Two(nn.Module):
+        def forward(self, images):
+            return images, images
+
+    layer = Two()
+    SaliencyGraft(layer)
+    with pytest.raises(TypeError, match="layer"):
+        layer(torch.zeros(1))
+
+
+def test_evaluation_returns_the_inputs(backend):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, backend=backend).eval()
+    assert module(images, ids, features=features) == (images, ids)
+    assert int(module.step) == 0
+
+
+def test_evaluation_needs_no_pass_and_taps_none(backend):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, backend=backend).eval()
+    net(images)
+    assert module(images, ids) == (images, ids)
+    module.train()
+    with pytest.raises(RuntimeError, match="layer"):
+        module(images, ids)
+
+
+def test_prob_0_returns_the_inputs(backend):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, prob=0, backend=backend)
+    assert module(images, ids, features=features) == (images, ids)
+    assert int(module.step) == 0
+
+
+def test_prob_gates_whole_calls_by_their_own_words(backend):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, prob=0.3, keep_prob=0.5, seed=9, backend=backend)
+    grafted = 0
+    for step in range(100):
+        mixed, targets = module(images, ids, features=features)
+        word = truth.word(truth.call_seed(9, step, 0), truth.KEEP_PROB, 1)
+        if word < int(0.3 * 2**32):
+            grafted += 1
+            assert not module.result.mask.all()
+        else:
+            assert torch.equal(mixed, images)
+            assert torch.equal(targets, F.one_hot(ids, 5).float())
+            assert module.result.lam.tolist() == [1.0] * 4
+    assert 20 <= grafted <= 40
+
+
+def test_prob_gates_each_augmentation(backend):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(prob=0.5, augmentations=40, seed=1, keep_prob=0.0, backend=backend)
+    module(images, features=features)
+    whole = module.result.mask.view(40, -1).all(1).tolist()
+    seed = truth.call_seed(1, 0, 0)
+    assert whole == [truth.word(seed, truth.KEEP_PROB, 1, draw=a) >= 2**31 for a in range(40)]
+
+
+def test_warm_up_grafts_nothing_and_spends_no_step(backend):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, warmup_epochs=2, label_smoothing=0.1, backend=backend)
+    for epoch in range(2):
+        module.set_epoch(epoch)
+        mixed, targets = module(images, ids, features=features)
+        assert mixed is images
+        torch.testing.assert_close(targets, F.one_hot(ids, 5) * 0.9 + 0.1 / 5)
+    assert int(module.step) == 0
+    module.set_epoch(2)
+    module(images, ids, features=features)
+    assert int(module.step) == 1
+
+
+def test_warm_up_takes_dense_targets_and_none(backend):
+    images, _, _ = batch_of()
+    module = SaliencyGraft(warmup_epochs=1, backend=backend)
+    dense = torch.rand(4, 5)
+    assert torch.equal(module(images, dense)[1], dense)
+    assert module(images) == (images, None)
+
+
+def test_warm_up_taps_no_layer(backend):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, warmup_epochs=1, backend=backend)
+    net(images)
+    module(images, ids)
+    module.set_epoch(1)
+    with pytest.raises(RuntimeError, match="layer"):
+        module(images, ids)
+    net(images)
+    module(images, ids)
+    torch.testing.assert_close(module.result.saliency, net.body(images).abs().sum(1))
+
+
+def run_steps(module, steps):
+    results = []
+    for step in range(steps):
+        images, ids, features = batch_of(seed=step)
+        module(images, ids, features=features)
+        results.append(module.result)
+    return results
+
+
+GRIDS = {"one grid": {}, "several grids": {"grid_size": [(2, 2), (4, 4), (3, 3), (4, 2)]}}
+
+
+@pytest.mark.parametrize("options", GRIDS.values(), ids=GRIDS)
+def test_a_state_dict_resumes_exactly(backend, options):
+    module = SaliencyGraft(num_classes=5, seed=4, backend=backend, **options)
+    run_steps(module, 3)
+    state = copy.deepcopy(module.state_dict())
+    expected = run_steps(module, 3)
+
+    fresh = SaliencyGraft(num_classes=5, seed=99, backend=backend, **options)
+    run_steps(fresh, 2)
+    fresh.load_state_dict(state)
+    for result, wanted in zip(run_steps(fresh, 3), expected, strict=True):
+        assert equal(result, wanted)
+
+
+def test_the_state_dict_is_the_seed_and_the_step():
+    module = SaliencyGraft(Net().body, seed=4)
+    assert {name: int(value) for name, value in module.state_dict().items()} == {
+        "seed": 4,
+        "step": 0,
+    }
+
+
+@pytest.mark.parametrize("options", GRIDS.values(), ids=GRIDS)
+def test_a_parents_state_dict_resumes_too(backend, options):
+    parent = nn.ModuleDict({"graft": SaliencyGraft(num_classes=5, backend=backend, **options)})
+    run_steps(parent["graft"], 2)
+    state = copy.deepcopy(parent.state_dict())
+    expected = run_steps(parent["graft"], 2)
+    parent.load_state_dict(state)
+    for result, wanted in zip(run_steps(parent["graft"], 2), expected, strict=True):
+        assert equal(result, wanted)
+
+
+def by_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def by_torch_save(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("options", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
+def test_a_copy_goes_on_as_the_original_would(backend, options, duplicate):
+    module = SaliencyGraft(num_classes=5, seed=4, backend=backend, **options)
+    run_steps(module, 2)
+    twin = duplicate(module)
+    for result, wanted in zip(run_steps(twin, 3), run_steps(module, 3), strict=True):
+        assert equal(result, wanted)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
+def test_a_copied_network_taps_its_own_layer(backend, duplicate):
+    images, ids, _ = batch_of()
+    parent = nn.Module()
+    parent.net = Net()
+    parent.graft = SaliencyGraft(parent.net.body, num_classes=5, seed=1, backend=backend)
+    twin = duplicate(parent)
+    twin.net(images)
+    with pytest.raises(RuntimeError, match="layer"):
+        parent.graft(images, ids)
+    twin.graft(images, ids)
+    torch.testing.assert_close(twin.graft.result.saliency, parent.net.body(images).abs().sum(1))
+
+
+def test_a_copy_can_be_made_after_a_call_with_gradients(backend):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, backend=backend)
+    module(images.requires_grad_(), ids, features=features)
+    assert int(copy.deepcopy(module).step) == 1
+
+
+def test_of_several_grid_sizes_the_calls_seed_draws_one(backend):
+    sizes = [(2, 2), (4, 4), (3, 3), (4, 2)]
+    images, _, features = batch_of()
+    module = SaliencyGraft(grid_size=sizes, seed=6, backend=backend)
+    drawn = []
+    for step in range(12):
+        module(images, features=features)
+        drawn.append(tuple(module.result.mask.shape[1:]))
+        assert_fulfils_contract(
+            module.result,
+            images,
+            truth.call_seed(6, step, 0),
+            features=features,
+            grid_size=rng.draw_grid_size(truth.call_seed(6, step, 0), tuple(sizes)),
+        )
+    assert set(drawn) == set(sizes)
+
+
+def test_a_refused_call_does_not_shift_the_grid_sizes_to_come(backend):
+    sizes = [(2, 2), (4, 4), (3, 3), (4, 2)]
+    images, _, features = batch_of()
+    module = SaliencyGraft(grid_size=sizes, seed=6, backend=backend)
+    module(images, features=features)
+    with pytest.raises(ValueError, match="features"):
+        module(images, features=features[:2])
+    for step in range(1, 9):
+        module(images, features=features)
+        expected = rng.draw_grid_size(truth.call_seed(6, step, 0), tuple(sizes))
+        assert tuple(module.result.mask.shape[1:]) == expected
+
+
+@pytest.mark.parametrize("rank", [1, 7])
+def test_each_rank_draws_a_stream_of_its_own(backend, rank, monkeypatch):
+    images, ids, features = batch_of()
+    monkeypatch.setattr(sg_kernels.nn, "_rank", lambda: rank)
+    module = SaliencyGraft(num_classes=5, seed=4, backend=backend)
+    for step in range(3):
+        module(images, ids, features=features)
+        assert_fulfils_contract(
+            module.result,
+            images,
+            truth.call_seed(4, step, rank),
+            features=features,
+            targets=ids,
+            num_classes=5,
+        )
+
+
+def test_the_rank_is_torch_distributeds(monkeypatch):
+    assert sg_kernels.nn._rank() == 0
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
+    assert sg_kernels.nn._rank() == 5
+
+
+def test_without_a_seed_torchs_own_generator_gives_one():
+    torch.manual_seed(5)
+    first, second = SaliencyGraft(), SaliencyGraft()
+    assert int(first.seed) != int(second.seed)
+    torch.manual_seed(5)
+    assert torch.equal(SaliencyGraft().seed, first.seed)
+
+
+def test_a_call_leaves_torchs_generator_alone(backend):
+    images, _, features = batch_of()
+    module = SaliencyGraft(seed=1, grid_size=[(2, 2), (3, 3)], backend=backend)
+    before = torch.get_rng_state()
+    module(images, features=features)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_refused_call_spends_no_step(backend):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, backend=backend)
+    with pytest.raises(ValueError, match="targets"):
+        module(images, ids + 3, features=features)
+    assert int(module.step) == 0
+
+
+def test_gradients_reach_the_images(backend):
+    images, ids, features = batch_of()
+    images.requires_grad_()
+    module = SaliencyGraft(num_classes=5, seed=3, augmentations=2, backend=backend)
+    mixed, targets = module(images, ids, features=features)
+    weight = torch.randn(mixed.shape)
+    (grad,) = torch.autograd.grad((mixed * weight).sum(), images)
+    grafted = sg_kernels.graft(images, module.result.mask, module.result.index, backend=backend)
+    (expected,) = torch.autograd.grad((grafted * weight).sum(), images)
+    torch.testing.assert_close(grad, expected)
+    assert not targets.requires_grad
+
+
+def test_the_networks_gradients_come_from_the_mixed_pass_alone(backend):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, seed=3, backend=backend)
+    net(images)
+    mixed, targets = module(images, ids)
+    F.cross_entropy(net(mixed), targets).backward()
+    grads = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    module.untap()
+    F.cross_entropy(net(mixed), targets).backward()
+    assert equal(grads, [parameter.grad for parameter in net.parameters()])
+
+
+def test_the_module_has_no_parameters():
+    assert not list(SaliencyGraft(Net().body).parameters())
+
+
+def test_repr_tells_the_options():
+    text = repr(SaliencyGraft(temperature=0.75, warmup_epochs=4))
+    assert "temperature=0.75" in text
+    assert "warmup_epochs=4" in text

@@ -1,0 +1,339 @@
+"""The raw operators: opcheck, values that nobody checked, torch.compile and torch.export."""
+
+import pytest
+import torch
+from conftest import assert_same_bits
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import sg_kernels
+from sg_kernels import SaliencyGraft, functional, ops, reference, rng, saliency_graft
+
+IMAGES = torch.randn(4, 3, 8, 6)
+FEATURES = torch.randn(4, 5, 4, 3)
+MASK = torch.rand(8, 4, 3) > 0.5
+INDEX = torch.tensor([1, 0, 3, 3, 2, 1, 0, 0])
+
+
+def whole(**changes):
+    """The arguments of the saliency_graft operator, by name."""
+    return {
+        "images": IMAGES,
+        "features": FEATURES,
+        "saliency": None,
+        "index": None,
+        "targets": None,
+        "seed": torch.tensor([5]),
+        "step": None,
+        "rank": 0,
+        "quantiles": rng.beta_quantiles(1.0),
+        "grid_size": [4, 3],
+        "temperature": 0.2,
+        "normalize": "max",
+        "threshold": 1 / 12,
+        "k": None,
+        "norm": "l1",
+        "prob": 1.0,
+        "augmentations": 1,
+        "no_fixed_points": False,
+        "num_classes": 0,
+        "label_smoothing": 0.0,
+        **changes,
+    }
+
+
+WHOLE = {
+    "plain": whole(),
+    "step": whole(step=torch.tensor([3]), rank=2),
+    "saliency": whole(features=None, saliency=torch.rand(4, 4, 3)),
+    "index and ids": whole(
+        index=INDEX, augmentations=2, targets=torch.tensor([0, 1, 2, 0]), num_classes=3
+    ),
+    "dense": whole(targets=torch.rand(4, 7), num_classes=7, label_smoothing=0.1, norm="l2"),
+    "grid": whole(grid_size=[2, 5], quantiles=rng.fixed_quantiles(0.5), norm="area"),
+    "topk": whole(k=4, prob=0.5, augmentations=2, step=torch.tensor([0])),
+    "channels_last": whole(
+        images=IMAGES.contiguous(memory_format=torch.channels_last),
+        features=FEATURES.bfloat16().contiguous(memory_format=torch.channels_last),
+        no_fixed_points=True,
+    ),
+}
+ARGUMENTS = [
+    ("channel_saliency", (FEATURES,)),
+    ("channel_saliency", (FEATURES.half().contiguous(memory_format=torch.channels_last),)),
+    ("channel_saliency", (torch.randn(2, 12, 5).unflatten(1, (4, 3)).permute(0, 3, 1, 2),)),
+    ("graft", (IMAGES, MASK, INDEX)),
+    ("graft", (IMAGES.to(torch.uint8).contiguous(memory_format=torch.channels_last), MASK, INDEX)),
+    ("graft", (IMAGES.transpose(2, 3), MASK[:4, :1, :1], INDEX[:4])),
+    ("graft_out", (torch.empty(8, 3, 8, 6), IMAGES, MASK, INDEX)),
+    ("graft_out", (torch.empty(8, 8, 6, 3).permute(0, 3, 1, 2), IMAGES, MASK, INDEX)),
+    ("graft_backward", (torch.randn(8, 3, 8, 6), MASK, INDEX, 2)),
+    ("graft_backward", (torch.randn(8, 8, 6, 3).permute(0, 3, 1, 2), MASK, INDEX % 8, 1)),
+    ("mix_targets", (torch.tensor([0, 1, 2, 0]), torch.rand(8), INDEX, 3, 0.1)),
+    ("mix_targets", (torch.rand(4, 5), torch.rand(4), INDEX[:4], 5, 0.0)),
+    *[("saliency_graft", tuple(arguments.values())) for arguments in WHOLE.values()],
+    ("saliency_graft_out", (torch.empty(4, 3, 8, 6), *whole().values())),
+    (
+        "saliency_graft_out",
+        (torch.empty(4, 8, 6, 3).permute(0, 3, 1, 2), *whole(step=torch.tensor([1])).values()),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), ARGUMENTS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(ARGUMENTS)]
+)
+def test_opcheck(backend, name, arguments):
+    torch.library.opcheck(ops.overload(name, backend), arguments)
+
+
+def test_opcheck_draw_seed():
+    # its values are random, so the eager and the traced one have no reason to be the same
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.sg_kernels.draw_seed.default, (), test_utils=checks)
+
+
+def test_step_goes_up_by_one_and_nothing_else_changes(backend):
+    arguments = whole(step=torch.tensor([41]))
+    before = [value.clone() for value in arguments.values() if isinstance(value, torch.Tensor)]
+    ops.overload("saliency_graft", backend)(*arguments.values())
+    after = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    assert int(arguments["step"]) == 42
+    changed = [not torch.equal(a, b) for a, b in zip(after, before, strict=True)]
+    assert sum(changed) == 1
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_out_operator_gives_the_same(backend, name):
+    arguments = WHOLE[name]
+    step = arguments["step"]
+    both = [{**arguments, "step": None if step is None else step.clone()} for _ in range(2)]
+    fresh = ops.overload("saliency_graft", backend)(*both[0].values())
+    out = torch.full_like(fresh[0], torch.nan)
+    rest = ops.overload("saliency_graft_out", backend)(out, *both[1].values())
+    assert_same_bits(out, fresh[0])
+    assert all(map(torch.equal, rest, fresh[1:]))
+
+
+BAD_INDEX = [-1, 4, 2**31, 2**40, -(2**63), 2**63 - 1]
+
+
+def surrounded(*shape):
+    """Ones amid NaN, so that a read out of bounds shows."""
+    base = torch.full((shape[0] + 2, *shape[1:]), torch.nan)
+    base[1:-1] = 1.0
+    return base[1:-1]
+
+
+@pytest.mark.parametrize("bad", BAD_INDEX)
+@pytest.mark.parametrize("kind", ["ids", "dense"])
+def test_a_row_whose_index_is_out_of_range_is_nan_and_no_other_is(backend, bad, kind):
+    targets = torch.tensor([0, 1, 2, 0]) if kind == "ids" else surrounded(4, 3)
+    arguments = whole(
+        images=surrounded(4, 3, 8, 6),
+        index=torch.tensor([1, bad, 3, 0]),
+        targets=targets,
+        num_classes=3,
+    )
+    images, lam, _, _, _, mixed = ops.overload("saliency_graft", backend)(*arguments.values())
+    assert (images == 1).all()
+    assert lam.isnan().tolist() == [False, True, False, False]
+    assert mixed.isnan().all(1).tolist() == [False, True, False, False]
+    assert mixed.isnan().sum() == 3
+
+
+@pytest.mark.parametrize("bad", BAD_INDEX)
+def test_graft_of_an_index_out_of_range_takes_the_source(backend, bad):
+    images, index = surrounded(4, 3, 8, 6), torch.tensor([1, bad, 3, 0])
+    mask = torch.zeros(4, 2, 2, dtype=torch.bool)
+    assert (ops.overload("graft", backend)(images, mask, index) == 1).all()
+    grad = ops.overload("graft_backward", backend)(images, mask, index, 1)
+    assert grad[:, 0, 0, 0].tolist() == [1.0, 2.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 2**31, 2**40, -(2**63), 2**63 - 1])
+def test_a_class_id_out_of_range_makes_the_rows_that_meet_it_nan(backend, bad):
+    arguments = whole(
+        index=torch.tensor([1, 2, 3, 3]), targets=torch.tensor([0, bad, 2, 0]), num_classes=3
+    )
+    _, lam, _, _, _, mixed = ops.overload("saliency_graft", backend)(*arguments.values())
+    assert lam.isnan().tolist() == [True, True, False, False]
+    assert mixed.isnan().all(1).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 2**40])
+def test_mix_targets_is_nan_where_an_index_or_a_class_id_is_out_of_range(backend, bad):
+    mix = ops.overload("mix_targets", backend)
+    index = torch.tensor([1, bad, 3, 0])
+    mixed = mix(surrounded(4, 5), torch.rand(4), index, 5, 0.1)
+    assert mixed.isnan().all(1).tolist() == [False, True, False, False]
+    ids = torch.tensor([0, 1, bad, 3])
+    mixed = mix(ids, torch.rand(4), torch.tensor([1, 2, 3, 0]), 4, 0.1)
+    assert mixed.isnan().all(1).tolist() == [False, True, True, False]
+
+
+def test_negative_saliency_that_nobody_checked_counts_as_nan(backend):
+    saliency = torch.rand(4, 4, 3)
+    saliency[1, 0, 0] = -1.0
+    arguments = whole(features=None, saliency=saliency, index=INDEX[:4])
+    _, lam, _, mask, returned, _ = ops.overload("saliency_graft", backend)(*arguments.values())
+    assert returned.isnan().nonzero().tolist() == [[1, 0, 0]]
+    assert not mask[1].any()
+    assert not lam.isnan().any()
+
+
+@pytest.mark.parametrize("name", sg_kernels.ops.SCHEMAS)
+def test_every_backend_has_every_operator(backend, name):
+    assert isinstance(ops.overload(name, backend), torch._ops.OpOverload)
+
+
+class Step(nn.Module):
+    """A training step's mixing, as a user would compile it."""
+
+    def __init__(self, backend, **options):
+        super().__init__()
+        self.options = {"backend": backend, **options}
+
+    def forward(self, images, features, ids):
+        result = saliency_graft(images, features, targets=ids, num_classes=7, **self.options)
+        loss = (result.images**2).sum() + result.targets.sum()
+        return loss, *result
+
+
+@pytest.fixture
+def fresh():
+    """As in a process that has neither compiled nor called anything yet."""
+    torch.compiler.reset()
+    functional._tables.clear()
+
+
+def inputs(batch=5):
+    return torch.randn(batch, 3, 16, 16), torch.randn(batch, 8, 4, 4), torch.arange(batch) % 7
+
+
+def assert_same_step(compiled, eager, batch):
+    images, features, ids = inputs(batch)
+    grads = []
+    outputs = []
+    for step in (compiled, eager):
+        leaf = images.clone().requires_grad_()
+        torch.manual_seed(7)
+        results = step(leaf, features, ids)
+        grads.append(torch.autograd.grad(results[0], leaf)[0])
+        outputs.append(results[1:])
+    for one, other in zip(*outputs, strict=True):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(*grads)
+
+
+def test_compiled_is_eager_forward_and_backward(backend, fresh):
+    step = Step(backend, augmentations=2, grid_size=(3, 5))
+    assert_same_step(torch.compile(step, fullgraph=True), step, 5)
+
+
+def test_compiled_with_a_dynamic_batch_compiles_once(backend, fresh):
+    step = Step(backend)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    assert_same_step(compiled, step, 5)
+    frames = counter.frame_count
+    for batch in (3, 6, 2):
+        assert_same_step(compiled, step, batch)
+    assert counter.frame_count == frames
+
+
+def test_compiled_draws_anew_each_call(backend, fresh):
+    step = torch.compile(Step(backend), fullgraph=True, backend="aot_eager")
+    arguments = inputs()
+    masks = [step(*arguments)[4] for _ in range(3)]
+    assert not torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[1], masks[2])
+
+
+def test_compiled_graft_and_mix_targets(backend, fresh):
+    def both(images, mask, index, targets):
+        grafted = sg_kernels.graft(images, mask, index, backend=backend)
+        saliency = sg_kernels.channel_saliency(images, backend=backend)
+        lam = saliency.mean((1, 2)).repeat(2)
+        return grafted, sg_kernels.mix_targets(targets, lam, index, backend=backend)
+
+    arguments = (IMAGES, MASK, INDEX, torch.rand(4, 5))
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(*arguments)
+    for one, other in zip(compiled, both(*arguments), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_compiled_module_advances_its_step(backend, fresh):
+    images, features, ids = inputs()
+    eager = SaliencyGraft(num_classes=7, seed=3, backend=backend)
+    module = SaliencyGraft(num_classes=7, seed=3, backend=backend)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        for one, other in zip(
+            compiled(images, ids, features=features),
+            eager(images, ids, features=features),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+        assert int(module.step) == step + 1
+
+
+def test_compiled_network_with_a_tapped_layer(backend, fresh):
+    images, _, ids = inputs()
+    layer = nn.Conv2d(3, 8, 4, stride=4)
+    module = SaliencyGraft(layer, num_classes=7, seed=3, backend=backend)
+
+    def step(images, ids):
+        with torch.no_grad():
+            layer(images)
+        mixed, targets = module(images, ids)
+        return F.cross_entropy(layer(mixed)[:, :7, 0, 0], targets), mixed
+
+    _, expected = step(images, ids)
+    module.step.zero_()
+    _, mixed = torch.compile(step, backend="aot_eager")(images, ids)
+    assert_same_bits(mixed, expected)
+
+
+def test_exported_is_eager(backend, fresh):
+    step = Step(backend, seed=5)
+    arguments = inputs()
+    program = torch.export.export(step, arguments)
+    for one, other in zip(program.module()(*arguments), step(*arguments), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_exported_with_a_dynamic_batch(backend, fresh):
+    step = Step(backend, seed=5)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {"images": {0: batch}, "features": {0: batch}, "ids": {0: batch}}
+    program = torch.export.export(step, inputs(), dynamic_shapes=shapes)
+    arguments = inputs(6)
+    for one, other in zip(program.module()(*arguments), step(*arguments), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_exported_module_keeps_counting_its_steps(backend, fresh):
+    class Mix(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graft = SaliencyGraft(num_classes=7, seed=3, backend=backend)
+
+        def forward(self, images, features, ids):
+            return self.graft(images, ids, features=features)
+
+    eager, arguments = Mix(), inputs()
+    program = torch.export.export(Mix(), arguments).module()
+    for _ in range(2):
+        for one, other in zip(program(*arguments), eager(*arguments), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_fake_tensors_take_the_memory_format_of_the_images():
+    mode = torch._subclasses.FakeTensorMode()
+    images = IMAGES.contiguous(memory_format=torch.channels_last)
+    with mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (images, MASK, INDEX)]
+        grafted = ops.overload("graft", "reference")(*fakes)
+    assert grafted.stride() == reference.graft(images, MASK, INDEX).stride()
