@@ -8,7 +8,7 @@ TORCH_STAMP := $(VENV)/torch-$(TORCH).stamp
 STAMP := $(VENV)/installed.stamp
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: help demo test lint build bench clean
+.PHONY: help demo test lint sanitize build bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,14 @@ demo: $(STAMP) ## trains with and without grafting, compares the backends, draws
 
 test: $(STAMP) ## the test suite
 	$(RUN) -m pytest
+
+# The library is loaded into an interpreter that was not built with ASan, which therefore goes first.
+sanitize: $(STAMP) ## the test suite on a build with ASan and UBSan
+	SG_KERNELS_SANITIZE=address,undefined $(RUN) setup.py --quiet build \
+		--build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest --ignore tests/test_backends.py
 
 lint: $(STAMP) ## ruff and mypy
 	$(RUN) -m ruff check .
