@@ -97,6 +97,15 @@ inline void copy_bytes(
   std::memcpy(to + bytes - kStep, from + bytes - kStep, kStep);
 }
 
+// Fetches the destination whole, not only the runs that are copied from it: it is the next row's source,
+// and memory is faster at whole lines than at pieces of them.
+void prefetch(const char* from, std::int64_t bytes) {
+#ifdef __GNUC__
+  constexpr std::int64_t kCacheLine = 64;
+  for (std::int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(from + i);
+#endif
+}
+
 void finish_streams() {
 #ifdef __SSE2__
   _mm_sfence();
@@ -164,6 +173,7 @@ class Grafter {
       }
       for (std::int64_t y = begin; y < end; ++y) {
         const std::int64_t from_line = from_plane + y * images_.row_stride;
+        if (stream_) prefetch(other + from_line + kLinesAhead * images_.row_stride, line);
         char* to_line = to_plane + y * out_.row_stride;
         for (const Run& run : runs_) {
           const char* from = (run.own ? own : other) + from_line + run.begin * images_.column_stride;
@@ -179,6 +189,8 @@ class Grafter {
     }
   }
 
+  static constexpr std::int64_t kLinesAhead = 2;
+
   const Batch &images_, &out_;
   Grid grid_;
   Lines lines_;
@@ -186,8 +198,7 @@ class Grafter {
   std::vector<Run> runs_;
 };
 
-// The rows in an order in which a row's destination is the next row's source: the processor has then
-// fetched part of that image, and prefetched much of the rest.
+// The rows in an order in which a row's destination is the next row's source, which the caches then hold.
 std::vector<std::int64_t> along_cycles(
     const std::int64_t* index, std::int64_t batch, std::int64_t rows) {
   std::vector<std::int64_t> order;
