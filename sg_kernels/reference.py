@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from sg_kernels import rng
 
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+"""torch 2.10 can neither index nor select the wide unsigned dtypes."""
+
 
 def channel_saliency(features: Tensor) -> Tensor:
     """Stage 1: S[b, y, x] = sum over k of |features[b, k, y, x]|, without gradient."""
@@ -90,11 +93,13 @@ def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None
     cell_row = nearest(height, gh, mask.device)[:, None]
     if out is None:
         out = empty_rows(images, rows)
+    bits = SIGNED.get(images.dtype, images.dtype)
+    images = images.view(bits)
     torch.where(
         mask[:, None, cell_row, nearest(width, gw, mask.device)],
         images if rows == batch else images[source],
         images[destination],
-        out=out,
+        out=out.view(bits),
     )
     return out
 
