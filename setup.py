@@ -26,6 +26,7 @@ CPU = Extension(
         *(f"-isystem{path}" for path in cpp_extension.include_paths()),
         "-std=c++17",
         "-O3",
+        "-g0",
         "-Wall",
         "-Wextra",
         "-Wno-psabi",

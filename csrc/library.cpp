@@ -274,12 +274,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
   STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
   STD_TORCH_CHECK(
       features.has_value() != ready_saliency.has_value(), "give one of features and saliency");
-  STD_TORCH_CHECK(seed_tensor.numel() == 1 && quantiles.numel() >= 2, "seed, quantiles: empty");
+  const auto is_number = [](const Tensor& tensor) {
+    return tensor.scalar_type() == ScalarType::Long && tensor.numel() == 1;
+  };
+  STD_TORCH_CHECK(
+      is_number(seed_tensor) && (!step || is_number(*step)), "seed and step must be one int64 each");
+  const Tensor table = checked(quantiles, ScalarType::Long, 1, "quantiles");
+  const std::int64_t bins = table.numel() - 1;
+  STD_TORCH_CHECK(
+      bins >= 1 && (bins & (bins - 1)) == 0, "quantiles must have a power of two of bins");
+  STD_TORCH_CHECK(augmentations >= 1, "augmentations must be >= 1");
   const std::int64_t batch = images.size(0), rows = augmentations * batch;
   const Grid grid{grid_size.at(0), grid_size.at(1)};
   STD_TORCH_CHECK(
-      grid.height >= 1 && grid.width >= 1 && (!k || (*k >= 1 && *k <= grid.cells())),
-      "grid_size must be >= 1, and k in 1 .. cells");
+      grid.height >= 1 && grid.width >= 1 && grid.height <= images.size(2) &&
+          grid.width <= images.size(3),
+      "grid_size must be >= 1 and no finer than the images");
+  STD_TORCH_CHECK(!k || (*k >= 1 && *k <= grid.cells()), "k must be in 1 .. cells");
   std::optional<Tensor> given_destinations;
   if (given_index) {
     given_destinations = checked(*given_index, ScalarType::Long, 1, "index");
@@ -298,7 +309,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
       static_cast<float>(temperature), normalize_of(normalize), static_cast<float>(threshold),
       k.value_or(0)};
   const Tensor saliency = features ? channel_saliency(*features) : checked_map(*ready_saliency);
-  STD_TORCH_CHECK(saliency.size(0) == batch, "features, saliency: not the batch of images");
+  STD_TORCH_CHECK(
+      saliency.size(0) == batch && grid_of(saliency).cells() > 0,
+      "features, saliency: not the batch of images, or without cells");
 
   const std::uint64_t seed = advance(seed_tensor, step, rank);
   const Tensor index = empty({rows}, aoti_torch_dtype_int64());
@@ -313,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
   const Tensor lam = empty({rows}, aoti_torch_dtype_float32());
   const Tensor mixed = empty({rows, source.classes}, aoti_torch_dtype_float32());
   const Sampling sampling{
-      seed, data_of<std::int64_t>(quantiles), quantiles.numel() - 1, prob, !k.has_value()};
+      seed, data_of<std::int64_t>(table), bins, prob, !k.has_value()};
   cpu::saliency_graft(
       {batch_of(images), data_of<float>(saliency), grid_of(saliency), grid, destinations, selection,
        sampling, norm, source},

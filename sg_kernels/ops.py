@@ -19,6 +19,7 @@ _SALIENCY_GRAFT = (
     "float temperature, str normalize, float threshold, int? k, str norm, float prob, "
     "int augmentations, bool no_fixed_points, int num_classes, float label_smoothing"
 )
+_SALIENCY_GRAFT_NAMES = [argument.split()[-1] for argument in _SALIENCY_GRAFT.split(", ")]
 SCHEMAS = {
     "channel_saliency": "(Tensor features) -> Tensor",
     "graft": f"({_GRAFT}) -> Tensor",
@@ -44,11 +45,10 @@ def _reference_graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tenso
 
 
 def _reference_saliency_graft(*args: Any) -> tuple[Tensor, ...]:
-    outputs = reference.saliency_graft(*args)
-    index = args[3]
-    if index is not None:  # an operator's output is never its input
-        outputs = (*outputs[:2], index.clone(), *outputs[3:])
-    return outputs
+    images, lam, index, *rest = reference.saliency_graft(*args)
+    given = args[_SALIENCY_GRAFT_NAMES.index("index")]
+    # An operator's output is never its input.
+    return images, lam, index if given is None else index.clone(), *rest
 
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
@@ -86,23 +86,23 @@ def _fake_mix_targets(
 
 
 def _fake_saliency_graft_out(out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    images, features, saliency, _, targets = args[:5]
-    grid_size, augmentations, num_classes = args[9], args[16], args[18]
-    rows = augmentations * images.shape[0]
-    height, width = (saliency if features is None else features).shape[-2:]
+    given = dict(zip(_SALIENCY_GRAFT_NAMES, args))
+    images, rows = given["images"], out.shape[0]
+    source = given["saliency"] if given["features"] is None else given["features"]
+    columns = 0 if given["targets"] is None else given["num_classes"]
     return (
         images.new_empty(rows, dtype=torch.float32),
         images.new_empty(rows, dtype=torch.int64),
-        images.new_empty((rows, *grid_size), dtype=torch.bool),
-        images.new_empty((images.shape[0], height, width), dtype=torch.float32),
-        images.new_empty((rows, 0 if targets is None else num_classes), dtype=torch.float32),
+        images.new_empty((rows, *given["grid_size"]), dtype=torch.bool),
+        images.new_empty((images.shape[0], *source.shape[-2:]), dtype=torch.float32),
+        images.new_empty((rows, columns), dtype=torch.float32),
     )
 
 
-def _fake_saliency_graft(*args: Any) -> tuple[Tensor, ...]:
-    images, augmentations = args[0], args[16]
+def _fake_saliency_graft(images: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    augmentations = args[_SALIENCY_GRAFT_NAMES.index("augmentations") - 1]
     out = reference.empty_rows(images, augmentations * images.shape[0])
-    return (out, *_fake_saliency_graft_out(out, *args))
+    return out, *_fake_saliency_graft_out(out, images, *args)
 
 
 _FAKE: dict[str, Callable[..., Any]] = {

@@ -213,8 +213,9 @@ def saliency_graft(
     fills them in from its own. ``step`` is advanced by one. Without ``targets`` the last output has
     no columns.
     """
+    seed = seed.to(images.device)
     if step is not None:
-        seed = rng.call_seed(seed, step.clone(), rank)
+        seed = rng.call_seed(seed, step, rank)
         step += 1
     if index is None:
         index = rng.pairing(seed, images.shape[0], augmentations, no_fixed_points).flatten()
