@@ -6,7 +6,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TORCH_STAMP := $(VENV)/torch-$(TORCH).stamp
 STAMP := $(VENV)/installed.stamp
-NATIVE := setup.py $(shell find csrc -type f)
+CSRC := $(shell find csrc -type f)
+NATIVE := setup.py $(CSRC)
 
 .PHONY: help demo test lint sanitize build bench clean
 .DEFAULT_GOAL := help
@@ -28,10 +29,11 @@ sanitize: $(STAMP) ## the test suite on a build with ASan and UBSan
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest --ignore tests/test_backends.py
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 
 build: $(STAMP) ## the virtual environment and the compiled backend
 
@@ -45,7 +47,7 @@ clean: ## removes the environment and everything built
 # torch comes first and the project without isolation, so that it is compiled against this very torch.
 $(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet "setuptools>=77" wheel ninja "torch==$(TORCH)"
+	$(RUN) -m pip install --quiet "setuptools>=77" wheel "torch==$(TORCH)"
 	@rm -f $(VENV)/torch-*.stamp
 	@touch $@
 

@@ -22,7 +22,8 @@ SG_HOST_DEVICE inline Window window(std::int64_t position, std::int64_t size, st
   return {begin, end};
 }
 
-// The first pixel of `size` that lies in cell `cell` of `grid`: pixel y lies in cell y * grid / size.
+// The first pixel of `size` that lies in cell `cell` of `grid`: pixel y lies in cell y * grid /
+// size.
 SG_HOST_DEVICE inline std::int64_t first_pixel(
     std::int64_t cell, std::int64_t size, std::int64_t grid) {
   return (cell * size + grid - 1) / grid;

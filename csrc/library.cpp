@@ -66,8 +66,8 @@ Tensor empty_rows(const Tensor& images, std::int64_t rows) {
   std::int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(images.get(), &dtype));
   const Tensor fresh = channels_last
-      ? empty_strided({rows, c, h, w}, {c * h * w, 1, c * w, c}, dtype)
-      : empty({rows, c, h, w}, dtype);
+                           ? empty_strided({rows, c, h, w}, {c * h * w, 1, c * w, c}, dtype)
+                           : empty({rows, c, h, w}, dtype);
   advise_huge_pages(fresh);
   return fresh;
 }
@@ -107,7 +107,7 @@ Float float_of(const Tensor& tensor, const char* name) {
 bool is_complex(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   return type == ScalarType::ComplexHalf || type == ScalarType::ComplexFloat ||
-      type == ScalarType::ComplexDouble;
+         type == ScalarType::ComplexDouble;
 }
 
 template <class T>
@@ -155,8 +155,8 @@ Norm norm_of(const std::string& name) {
 Tensor channel_saliency(const Tensor& features) {
   STD_TORCH_CHECK(
       features.dim() == 4 && !is_complex(features), "features must be real, (B, K, h, w)");
-  const Tensor map = empty(
-      {features.size(0), features.size(2), features.size(3)}, aoti_torch_dtype_float32());
+  const Tensor map =
+      empty({features.size(0), features.size(2), features.size(3)}, aoti_torch_dtype_float32());
   cpu::channel_saliency(batch_of(features), float_of(features, "features"), data_to<float>(map));
   return map;
 }
@@ -164,8 +164,8 @@ Tensor channel_saliency(const Tensor& features) {
 // A ready map; what is not >= 0 in it counts as NaN, so its sample keeps nothing.
 Tensor checked_map(const Tensor& saliency) {
   const Tensor ready = checked(saliency, ScalarType::Float, 3, "saliency");
-  const Tensor map = empty(
-      {ready.size(0), ready.size(1), ready.size(2)}, aoti_torch_dtype_float32());
+  const Tensor map =
+      empty({ready.size(0), ready.size(1), ready.size(2)}, aoti_torch_dtype_float32());
   std::transform(
       data_of<float>(ready), data_of<float>(ready) + ready.numel(), data_to<float>(map),
       checked_saliency);
@@ -258,8 +258,7 @@ std::uint64_t advance(const Tensor& seed, const std::optional<Tensor>& step, std
   const auto key = static_cast<std::uint64_t>(*data_of<std::int64_t>(seed));
   if (!step) return key;
   std::int64_t& count = *data_to<std::int64_t>(*step);
-  return call_seed(
-      key, static_cast<std::uint64_t>(count++), static_cast<std::uint32_t>(rank));
+  return call_seed(key, static_cast<std::uint64_t>(count++), static_cast<std::uint32_t>(rank));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
@@ -278,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
     return tensor.scalar_type() == ScalarType::Long && tensor.numel() == 1;
   };
   STD_TORCH_CHECK(
-      is_number(seed_tensor) && (!step || is_number(*step)), "seed and step must be one int64 each");
+      is_number(seed_tensor) && (!step || is_number(*step)),
+      "seed and step must be one int64 each");
   const Tensor table = checked(quantiles, ScalarType::Long, 1, "quantiles");
   const std::int64_t bins = table.numel() - 1;
   STD_TORCH_CHECK(
@@ -325,8 +325,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
   const Tensor mask = empty({rows, grid.height, grid.width}, aoti_torch_dtype_bool());
   const Tensor lam = empty({rows}, aoti_torch_dtype_float32());
   const Tensor mixed = empty({rows, source.classes}, aoti_torch_dtype_float32());
-  const Sampling sampling{
-      seed, data_of<std::int64_t>(table), bins, prob, !k.has_value()};
+  const Sampling sampling{seed, data_of<std::int64_t>(table), bins, prob, !k.has_value()};
   cpu::saliency_graft(
       {batch_of(images), data_of<float>(saliency), grid_of(saliency), grid, destinations, selection,
        sampling, norm, source},
@@ -340,9 +339,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft(
     const std::optional<Tensor>& targets, const Tensor& seed, const std::optional<Tensor>& step,
     std::int64_t rank, const Tensor& quantiles, const std::vector<std::int64_t>& grid_size,
     double temperature, const std::string& normalize, double threshold,
-    std::optional<std::int64_t> k, const std::string& norm, double prob,
-    std::int64_t augmentations, bool no_fixed_points, std::int64_t num_classes,
-    double label_smoothing) {
+    std::optional<std::int64_t> k, const std::string& norm, double prob, std::int64_t augmentations,
+    bool no_fixed_points, std::int64_t num_classes, double label_smoothing) {
   STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
   const Tensor out = empty_rows(images, augmentations * images.size(0));
   return std::tuple_cat(

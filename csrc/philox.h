@@ -1,5 +1,5 @@
-// Philox4x32-10 and the draws made of it, for host and device. The counter layout and the meaning of
-// every word are those of sg_kernels/rng.py.
+// Philox4x32-10 and the draws made of it, for host and device. The counter layout and the meaning
+// of every word are those of sg_kernels/rng.py.
 #pragma once
 
 #include <cstdint>

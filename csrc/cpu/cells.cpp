@@ -33,12 +33,18 @@ void resample(const float* map, Grid from, float* grid, Grid to) {
 
 namespace {
 
+float normalize_scale(const float* grid, std::int64_t cells, float peak, Normalize normalize) {
+  switch (normalize) {
+    case Normalize::kMax: return peak;
+    case Normalize::kMean:
+      return static_cast<float>(std::accumulate(grid, grid + cells, 0.0) / cells);
+    default: return 1.0f;
+  }
+}
+
 void select_by_threshold(
     const float* grid, std::int64_t cells, float peak, const Selection& selection, bool* keep) {
-  float scale = 1.0f;
-  if (selection.normalize == Normalize::kMax) scale = peak;
-  if (selection.normalize == Normalize::kMean)
-    scale = static_cast<float>(std::accumulate(grid, grid + cells, 0.0) / cells);
+  const float scale = normalize_scale(grid, cells, peak, selection.normalize);
   thread_local std::vector<float> numerators;
   numerators.resize(cells);
   double sum = 0.0;
@@ -55,8 +61,7 @@ void select_by_rank(const float* grid, std::int64_t cells, std::int64_t k, bool*
   order.resize(cells);
   std::iota(order.begin(), order.end(), std::int64_t{0});
   std::nth_element(
-      order.begin(), order.begin() + (k - 1), order.end(),
-      [grid](std::int64_t a, std::int64_t b) {
+      order.begin(), order.begin() + (k - 1), order.end(), [grid](std::int64_t a, std::int64_t b) {
         return grid[a] != grid[b] ? grid[a] > grid[b] : a < b;
       });
   std::fill(keep, keep + cells, false);
@@ -129,9 +134,8 @@ bool mix_targets(
     const std::int64_t own_id = targets.ids[own], other_id = targets.ids[other];
     const bool known = in_range(own_id, classes) && in_range(other_id, classes);
     for (std::int64_t n = 0; n < classes; ++n)
-      mixed[n] = known
-          ? mix_target(own_id == n, other_id == n, lam, targets.smoothing, width)
-          : std::numeric_limits<float>::quiet_NaN();
+      mixed[n] = known ? mix_target(own_id == n, other_id == n, lam, targets.smoothing, width)
+                       : std::numeric_limits<float>::quiet_NaN();
     return known;
   }
   if (targets.rows == nullptr) return true;

@@ -36,8 +36,8 @@ void find_runs(const bool* cells, std::int64_t count, std::int64_t width, std::v
   }
 }
 
-// Batches of one size seen as lines of pixels. Where the channels of a pixel lie together in both, they
-// are one pixel of one channel.
+// Batches of one size seen as lines of pixels. Where the channels of a pixel lie together in both,
+// they are one pixel of one channel.
 struct Lines {
   std::int64_t channels, height, width, pixel;  // pixel in bytes
   bool dense;                                   // pixels of a line lie side by side
@@ -55,9 +55,10 @@ Lines lines_of(const Batch& from, const Batch& to) {
 
 constexpr std::int64_t kStep = 16;  // bytes of one vector move
 
-// Whether an output is written past the caches: from a size on they could not hold it until it is read,
-// and memory that is overwritten whole need not be fetched first. That holds only while no ordinary
-// store touches the same cache line, so every run must begin and end on a vector's boundary.
+// Whether an output is written past the caches: from a size on they could not hold it until it is
+// read, and memory that is overwritten whole need not be fetched first. That holds only while no
+// ordinary store touches the same cache line, so every run must begin and end on a vector's
+// boundary.
 bool is_streamed(
     [[maybe_unused]] const Lines& lines, [[maybe_unused]] const Batch& out,
     [[maybe_unused]] Grid grid) {
@@ -97,8 +98,8 @@ inline void copy_bytes(
   std::memcpy(to + bytes - kStep, from + bytes - kStep, kStep);
 }
 
-// Fetches the destination whole, not only the runs that are copied from it: it is the next row's source,
-// and memory is faster at whole lines than at pieces of them.
+// Fetches the destination whole, not only the runs that are copied from it: it is the next row's
+// source, and memory is faster at whole lines than at pieces of them.
 void prefetch(const char* from, std::int64_t bytes) {
 #ifdef __GNUC__
   constexpr std::int64_t kCacheLine = 64;
@@ -114,7 +115,8 @@ void finish_streams() {
 
 template <std::int64_t kPixel>
 void copy_strided(
-    char* to, std::int64_t to_stride, const char* from, std::int64_t from_stride, std::int64_t count) {
+    char* to, std::int64_t to_stride, const char* from, std::int64_t from_stride,
+    std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i)
     std::memcpy(to + i * to_stride, from + i * from_stride, kPixel);
 }
@@ -161,8 +163,8 @@ class Grafter {
   void graft_band(
       char* to, const char* own, const char* other, std::int64_t begin, std::int64_t end) const {
     const std::int64_t line = lines_.width * lines_.pixel;
-    const bool one_block = runs_.size() == 1 && lines_.dense && out_.row_stride == line &&
-        images_.row_stride == line;
+    const bool one_block =
+        runs_.size() == 1 && lines_.dense && out_.row_stride == line && images_.row_stride == line;
     for (std::int64_t c = 0; c < lines_.channels; ++c) {
       const std::int64_t from_plane = c * images_.channel_stride;
       char* to_plane = to + c * out_.channel_stride;
@@ -176,7 +178,8 @@ class Grafter {
         if (stream_) prefetch(other + from_line + kLinesAhead * images_.row_stride, line);
         char* to_line = to_plane + y * out_.row_stride;
         for (const Run& run : runs_) {
-          const char* from = (run.own ? own : other) + from_line + run.begin * images_.column_stride;
+          const char* from =
+              (run.own ? own : other) + from_line + run.begin * images_.column_stride;
           char* target = to_line + run.begin * out_.column_stride;
           const std::int64_t count = run.end - run.begin;
           if (lines_.dense)
@@ -198,7 +201,8 @@ class Grafter {
   std::vector<Run> runs_;
 };
 
-// The rows in an order in which a row's destination is the next row's source, which the caches then hold.
+// The rows in an order in which a row's destination is the next row's source, which the caches then
+// hold.
 std::vector<std::int64_t> along_cycles(
     const std::int64_t* index, std::int64_t batch, std::int64_t rows) {
   std::vector<std::int64_t> order;
@@ -213,7 +217,8 @@ std::vector<std::int64_t> along_cycles(
   return order;
 }
 
-// How many strips a row is cut into: one, unless there is much to copy and too few rows for the threads.
+// How many strips a row is cut into: one, unless there is much to copy and too few rows for the
+// threads.
 std::int64_t strips_per_row(std::int64_t rows, std::int64_t bytes, Grid grid) {
   constexpr std::int64_t kWorthCutting = 256 << 10, kUnitsPerThread = 4;
   const std::int64_t units = kUnitsPerThread * torch::stable::get_num_threads();
@@ -221,8 +226,8 @@ std::int64_t strips_per_row(std::int64_t rows, std::int64_t bytes, Grid grid) {
   return std::min(grid.height, (units + rows - 1) / rows);
 }
 
-// Calls body(row, own, other, valid, first, last, state) for the rows of cells [first, last) of each
-// strip; each thread makes itself a state.
+// Calls body(row, own, other, valid, first, last, state) for the rows of cells [first, last) of
+// each strip; each thread makes itself a state.
 template <class MakeState, class Body>
 void for_each_strip(
     const Batch& images, Grid grid, const std::int64_t* index, const Batch& out,
@@ -251,7 +256,8 @@ struct Contribution {
   bool own;
 };
 
-// For each image, the rows whose gradient it receives: its own, then those it is the destination of.
+// For each image, the rows whose gradient it receives: its own, then those it is the destination
+// of.
 std::vector<std::vector<Contribution>> contributions(
     const std::int64_t* index, std::int64_t batch, std::int64_t rows) {
   std::vector<std::vector<Contribution>> lists(batch);
@@ -282,7 +288,8 @@ void sum_contributions(
       runs.resize(std::max(runs.size(), list.size()));
       for (std::size_t i = 0; i < list.size(); ++i)
         find_runs(
-            mask + list[i].row * grid.cells() + band * grid.width, grid.width, lines.width, runs[i]);
+            mask + list[i].row * grid.cells() + band * grid.width, grid.width, lines.width,
+            runs[i]);
       const std::int64_t begin = first_pixel(band, lines.height, grid.height);
       const std::int64_t end = first_pixel(band + 1, lines.height, grid.height);
       for (std::int64_t c = 0; c < lines.channels; ++c)
@@ -290,7 +297,7 @@ void sum_contributions(
           std::fill(sums.begin(), sums.end(), Sum{0});
           for (std::size_t i = 0; i < list.size(); ++i) {
             const char* from = grad.data + list[i].row * grad.batch_stride +
-                c * grad.channel_stride + y * grad.row_stride;
+                               c * grad.channel_stride + y * grad.row_stride;
             for (const Run& run : runs[i]) {
               if (run.own != list[i].own) continue;
               for (std::int64_t x = run.begin; x < run.end; ++x)
@@ -336,8 +343,7 @@ void graft(
 void saliency_graft(const Inputs& inputs, const Outputs& outputs) {
   const Grid map = inputs.map, grid = inputs.grid;
   const std::int64_t cells = grid.cells(), classes = inputs.targets.classes;
-  const std::size_t resampled =
-      map.height != grid.height || map.width != grid.width ? cells : 0;
+  const std::size_t resampled = map.height != grid.height || map.width != grid.width ? cells : 0;
   const auto make_row = [&] {
     return Row{
         Grafter(inputs.images, grid, outputs.images), std::vector<float>(resampled),

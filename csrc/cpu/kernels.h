@@ -1,4 +1,5 @@
-// What the CPU kernels take: plain pointers, sizes and strides. library.cpp fills them from tensors.
+// What the CPU kernels take: plain pointers, sizes and strides. library.cpp fills them from
+// tensors.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -54,7 +55,8 @@ void parallel_for(std::int64_t count, std::int64_t work, const Body& body) {
   constexpr std::int64_t kWorkPerThread = 32768;
   if (count > 0)
     torch::stable::parallel_for(
-        0, count, std::max<std::int64_t>(1, kWorkPerThread / std::max<std::int64_t>(1, work)), body);
+        0, count, std::max<std::int64_t>(1, kWorkPerThread / std::max<std::int64_t>(1, work)),
+        body);
 }
 
 inline bool in_range(std::int64_t value, std::int64_t size) { return value >= 0 && value < size; }
@@ -107,8 +109,8 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs);
 void graft(
     const Batch& images, const bool* mask, Grid grid, const std::int64_t* index, const Batch& out);
 
-// grad has one image a row of mask; out, their gradient, has as many as there were images. An element
-// holds several numbers of `type` where it is complex.
+// grad has one image a row of mask; out, their gradient, has as many as there were images. An
+// element holds several numbers of `type` where it is complex.
 void graft_backward(
     const Batch& grad, Float type, const bool* mask, Grid grid, const std::int64_t* index,
     const Batch& out);

@@ -54,7 +54,8 @@ struct Vector {
   }
   SG_INLINE static Vector magnitudes(const Half* x) {
     const U32 bits = __builtin_convertvector(load<U16>(x), U32) << 13 & (0x7FFFu << 13);
-    // The product moves the exponent's bias and makes subnormals normal; infinity and NaN it cannot.
+    // The product moves the exponent's bias and makes subnormals normal; infinity and NaN it
+    // cannot.
     const F32 finite = reinterpret_cast<F32>(bits) * 0x1p112f;
     const F32 special = reinterpret_cast<F32>(bits | 0x7F800000u);
     return {bits >= (0x7C00u << 13) ? special : finite};
@@ -83,7 +84,8 @@ struct Vector {
 // Sums over channels of kVectors vectors of a plane, at the given offsets.
 template <int kVectors, int kLanes, class T>
 SG_INLINE void sum_vectors(
-    const T* x, std::int64_t channels, std::int64_t stride, const std::int64_t* offset, float* out) {
+    const T* x, std::int64_t channels, std::int64_t stride, const std::int64_t* offset,
+    float* out) {
   Vector<kLanes> total[kVectors] = {};
   for (std::int64_t begin = 0; begin < channels; begin += kBlock) {
     const std::int64_t end = std::min(begin + kBlock, channels);
@@ -96,8 +98,8 @@ SG_INLINE void sum_vectors(
   for (int v = 0; v < kVectors; ++v) total[v].store(out + offset[v]);
 }
 
-// Up to kTile cells, from `begin`, of a contiguous plane of at least kLanes. The plane's last vector
-// overlaps the one before it rather than leave a tail.
+// Up to kTile cells, from `begin`, of a contiguous plane of at least kLanes. The plane's last
+// vector overlaps the one before it rather than leave a tail.
 template <int kLanes, class T>
 SG_INLINE void sum_tile(
     const T* x, std::int64_t channels, std::int64_t stride, std::int64_t cells, std::int64_t begin,
@@ -122,7 +124,8 @@ SG_INLINE void sum_tile(
   }
 }
 
-// A contiguous slab of planes of fewer than kLanes cells: kLanes channels at a time are one long plane.
+// A contiguous slab of planes of fewer than kLanes cells: kLanes channels at a time are one long
+// plane.
 template <int kLanes, class T>
 SG_INLINE void sum_small(const T* x, std::int64_t channels, std::int64_t cells, float* out) {
   float folded[kLanes * kLanes];
@@ -145,8 +148,7 @@ SG_INLINE float sum_channels(const T* x, std::int64_t channels) {
   Vector<kLanes> total[kChains] = {};
   std::int64_t k = 0;
   for (; k + kChains * kLanes <= channels; k += kChains * kLanes)
-    for (int v = 0; v < kChains; ++v)
-      total[v] += Vector<kLanes>::magnitudes(x + k + v * kLanes);
+    for (int v = 0; v < kChains; ++v) total[v] += Vector<kLanes>::magnitudes(x + k + v * kLanes);
   for (; k < channels; k += kLanes)
     total[0] += Vector<kLanes>::template some_magnitudes<T>(
         reinterpret_cast<const char*>(x + k), std::min<std::int64_t>(kLanes, channels - k),
@@ -200,9 +202,7 @@ SG_INLINE void sum_items(
       case Layout::kPlanes:
         sum_tile<kLanes>(x, f.channels, stride, cells, item * kTile, out);
         break;
-      case Layout::kSmallPlanes:
-        sum_small<kLanes>(x, f.channels, cells, out);
-        break;
+      case Layout::kSmallPlanes: sum_small<kLanes>(x, f.channels, cells, out); break;
       case Layout::kChannelsLast:
         out[item] = sum_channels<kLanes>(reinterpret_cast<const T*>(pixel), f.channels);
         break;
