@@ -267,20 +267,51 @@ std::vector<std::vector<Contribution>> contributions(
   return lists;
 }
 
-// Sums in Sum, in the order of the list, and rounds once.
+// Pixels of `numbers` numbers each; the stride between pixels is in bytes.
+template <class T, class Sum>
+void add_pixels(
+    Sum* sums, const char* line, std::int64_t stride, std::int64_t numbers, const Run& run) {
+  for (std::int64_t x = run.begin; x < run.end; ++x)
+    for (std::int64_t n = 0; n < numbers; ++n) {
+      T value;
+      std::memcpy(&value, line + x * stride + n * sizeof(T), sizeof(T));
+      sums[x * numbers + n] += static_cast<Sum>(value);
+    }
+}
+
+template <class T, class Sum>
+void store_pixels(
+    const Sum* sums, char* line, std::int64_t stride, std::int64_t numbers, std::int64_t width) {
+  for (std::int64_t x = 0; x < width; ++x)
+    for (std::int64_t n = 0; n < numbers; ++n) {
+      const T value = static_cast<T>(sums[x * numbers + n]);
+      std::memcpy(line + x * stride + n * sizeof(T), &value, sizeof(T));
+    }
+}
+
+// Adds in Sum, in the order of the list, and rounds once.
 template <class T, class Sum>
 void sum_contributions(
     const Batch& grad, const bool* mask, Grid grid, const std::int64_t* index, const Batch& out) {
   const auto lists = contributions(index, out.batch, grad.batch);
   const Lines lines = lines_of(grad, out);
-  const std::int64_t per_pixel = lines.pixel / sizeof(T);
+  const std::int64_t numbers = lines.pixel / sizeof(T);
   const std::int64_t from_stride = lines.dense ? lines.pixel : grad.column_stride;
   const std::int64_t to_stride = lines.dense ? lines.pixel : out.column_stride;
-  const auto element = [](auto* line, std::int64_t stride, std::int64_t x, std::int64_t i) {
-    return line + x * stride + i * static_cast<std::int64_t>(sizeof(T));
+  const auto sum_line = [&](const auto& list, const auto& runs, std::int64_t b, std::int64_t c,
+                            std::int64_t y, std::vector<Sum>& sums) {
+    std::fill(sums.begin(), sums.end(), Sum{0});
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      const char* from = grad.data + list[i].row * grad.batch_stride + c * grad.channel_stride +
+                         y * grad.row_stride;
+      for (const Run& run : runs[i])
+        if (run.own == list[i].own) add_pixels<T>(sums.data(), from, from_stride, numbers, run);
+    }
+    char* to = out.data + b * out.batch_stride + c * out.channel_stride + y * out.row_stride;
+    store_pixels<T>(sums.data(), to, to_stride, numbers, lines.width);
   };
   const auto sum_bands = [&](std::int64_t first, std::int64_t last) {
-    std::vector<Sum> sums(lines.width * per_pixel);
+    std::vector<Sum> sums(lines.width * numbers);
     std::vector<std::vector<Run>> runs;
     for (std::int64_t unit = first; unit < last; ++unit) {
       const std::int64_t b = unit / grid.height, band = unit % grid.height;
@@ -290,31 +321,10 @@ void sum_contributions(
         find_runs(
             mask + list[i].row * grid.cells() + band * grid.width, grid.width, lines.width,
             runs[i]);
-      const std::int64_t begin = first_pixel(band, lines.height, grid.height);
       const std::int64_t end = first_pixel(band + 1, lines.height, grid.height);
       for (std::int64_t c = 0; c < lines.channels; ++c)
-        for (std::int64_t y = begin; y < end; ++y) {
-          std::fill(sums.begin(), sums.end(), Sum{0});
-          for (std::size_t i = 0; i < list.size(); ++i) {
-            const char* from = grad.data + list[i].row * grad.batch_stride +
-                               c * grad.channel_stride + y * grad.row_stride;
-            for (const Run& run : runs[i]) {
-              if (run.own != list[i].own) continue;
-              for (std::int64_t x = run.begin; x < run.end; ++x)
-                for (std::int64_t e = 0; e < per_pixel; ++e) {
-                  T value;
-                  std::memcpy(&value, element(from, from_stride, x, e), sizeof value);
-                  sums[x * per_pixel + e] += static_cast<Sum>(value);
-                }
-            }
-          }
-          char* to = out.data + b * out.batch_stride + c * out.channel_stride + y * out.row_stride;
-          for (std::int64_t x = 0; x < lines.width; ++x)
-            for (std::int64_t e = 0; e < per_pixel; ++e) {
-              const T value = static_cast<T>(sums[x * per_pixel + e]);
-              std::memcpy(element(to, to_stride, x, e), &value, sizeof value);
-            }
-        }
+        for (std::int64_t y = first_pixel(band, lines.height, grid.height); y < end; ++y)
+          sum_line(list, runs, b, c, y, sums);
     }
   };
   const std::int64_t bytes = out.channels * out.height * out.width * out.element;
