@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -502,3 +504,34 @@ def test_repr_tells_the_options():
     text = repr(SaliencyGraft(temperature=0.75, warmup_epochs=4))
     assert "temperature=0.75" in text
     assert "warmup_epochs=4" in text
+
+
+RANK_SCRIPT = """
+import sys
+import torch
+import sg_kernels
+store, rank = sys.argv[1], int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(0)
+module = sg_kernels.SaliencyGraft(seed=5)
+images, features = torch.randn(16, 1, 8, 8), torch.randn(16, 4, 4, 4)
+for step in range(2):
+    module(images, features=features)
+    expected = sg_kernels.saliency_graft(
+        images, features, seed=sg_kernels.rng.call_seed(5, step, rank)
+    )
+    assert torch.equal(module.result.mask, expected.mask)
+    others = [torch.empty_like(module.result.index) for _ in range(2)]
+    torch.distributed.all_gather(others, module.result.index)
+    assert torch.equal(others[rank], expected.index)
+    assert not torch.equal(*others)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_draw_streams_of_their_own_from_one_seed(tmp_path):
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(tmp_path / "store"), str(rank)])
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
