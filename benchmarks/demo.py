@@ -75,7 +75,7 @@ def train(
     torch.manual_seed(seed)
     features, head = network(batch_norm)
     model = nn.Sequential(features, head)
-    graft = SaliencyGraft(features, num_classes=10, prob=PROB if grafting else 0.0, seed=seed)
+    graft = SaliencyGraft(features, num_classes=10, prob=PROB, seed=seed) if grafting else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=epochs * TRAIN_IMAGES // BATCH
@@ -83,7 +83,7 @@ def train(
     for _ in range(epochs):
         for rows in torch.randperm(TRAIN_IMAGES).split(BATCH):
             batch, targets = images[rows], classes[rows]
-            if grafting:
+            if graft is not None:
                 with torch.no_grad():
                     features(batch)
                 batch, targets = graft(batch, targets)
@@ -280,9 +280,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/demo.png")
     arguments = parser.parse_args()
 
-    torch.set_num_threads(
-        1
-    )  # threads that wait for each other on a busy machine would drown it all
+    # On a busy machine, threads that wait for each other would drown all else.
+    torch.set_num_threads(1)
     features = compare_training(arguments.epochs, arguments.seeds, arguments.batch_norm)
     compare_backends()
     draw([photographs(), handwriting(features)], arguments.output)

@@ -126,8 +126,8 @@ Tensor dense(const Tensor& tensor) {
 
 Tensor checked(const Tensor& tensor, ScalarType type, std::int64_t dim, const char* name) {
   STD_TORCH_CHECK(
-      tensor.scalar_type() == type && tensor.dim() == dim, name, " must have ", dim,
-      " dimensions and the operator's dtype");
+      tensor.scalar_type() == type && tensor.dim() == dim, name, " must be ",
+      torch::headeronly::toString(type), " of ", dim, " dimensions");
   return dense(tensor);
 }
 

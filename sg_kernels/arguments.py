@@ -87,6 +87,11 @@ class Options:
             raise ValueError(f"token_grid must be (h, w), ints >= 1; got {self.token_grid!r}")
 
 
+def check_int(name: str, value: Any, least: int) -> None:
+    if not (_is_int(value) and value >= least):
+        raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+
+
 def check_tensor(
     name: str,
     value: Any,
@@ -249,11 +254,6 @@ def _is_int(value: Any) -> TypeGuard[int]:
 def _check_probability(name: str, value: Any) -> None:
     if not (_is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name} must be a number in [0, 1]; got {value!r}")
-
-
-def check_int(name: str, value: Any, least: int) -> None:
-    if not (_is_int(value) and value >= least):
-        raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
 
 
 def _values_are_checked(values: Tensor) -> bool:
