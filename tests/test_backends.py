@@ -97,7 +97,7 @@ def test_an_unknown_backend_is_refused_by_name():
 
 
 def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setitem(backends.UNAVAILABLE, "cpp", "the dog ate it")
+    monkeypatch.setitem(backends._UNLOADED, "cpp", "the dog ate it")
     with pytest.raises(RuntimeError, match="backend 'cpp' cannot run here: the dog ate it"):
         backends.choose("cpp", "cpu")
 
