@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sg_kernels import backends, reference
+from sg_kernels.kernels.operators import OPERATORS as TRITON
 
 _GRAFT = "Tensor images, Tensor mask, Tensor index"
 _SALIENCY_GRAFT = (
@@ -121,6 +122,8 @@ for _name, _schema in SCHEMAS.items():
         _library.define(f"{_name}.{_backend}{_schema}")
         torch.library.register_fake(f"sg_kernels::{_name}.{_backend}", _FAKE[_name], lib=_library)
     _library.impl(f"{_name}.reference", _REFERENCE[_name], "CompositeExplicitAutograd")
+    for _device in backends.DEVICES["triton"]:
+        _library.impl(f"{_name}.triton", TRITON[_name], _device.upper())
 
 _library.define("draw_seed() -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 torch.library.register_fake(

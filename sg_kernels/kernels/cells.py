@@ -1,0 +1,182 @@
+"""The stages that work on a sample's cells, 2 to 5, 7 and 8, named as in sg_kernels.reference.
+
+A program holds all cells of a grid at once, in a block of CELLS >= gh * gw; ``valid`` marks the
+real ones. Maps are read from their partial sums, (splits, batch, h, w).
+"""
+
+import triton
+import triton.language as tl
+
+from sg_kernels.kernels import philox
+
+
+@triton.jit
+def checked(value):
+    """A ready map's value: what is not >= 0 counts as NaN, so its sample keeps nothing."""
+    return tl.where(value >= 0, value, float("nan"))
+
+
+@triton.jit
+def window_begin(position, size, grid):
+    return position * size // grid
+
+
+@triton.jit
+def window_end(position, size, grid):
+    # A grid finer than the map takes one value, the nearest.
+    end = ((position + 1) * size + grid - 1) // grid
+    return tl.where(grid >= size, window_begin(position, size, grid) + 1, end)
+
+
+@triton.jit
+def resample(
+    maps,
+    sample,
+    batch,
+    splits,
+    h,
+    w,
+    gh,
+    gw,
+    window_h,
+    window_w,
+    cell,
+    valid,
+    CHECKED: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Stage 2: the grid's values in ``cell``, each the mean of at most window_h * window_w.
+
+    TERMS values, of windows and splits, are read at once. Maps that are not CHECKED yet are.
+    """
+    cy, cx = cell // gw, cell % gw
+    top, bottom = window_begin(cy, h, gh), window_end(cy, h, gh)
+    left, right = window_begin(cx, w, gw), window_end(cx, w, gw)
+    total = tl.zeros_like(cell).to(tl.float32)
+    for start in range(0, splits * window_h * window_w, TERMS):
+        term = start + tl.arange(0, TERMS)[:, None]
+        split, place = term // (window_h * window_w), term % (window_h * window_w)
+        y, x = top[None, :] + place // window_w, left[None, :] + place % window_w
+        inside = valid[None, :] & (split < splits) & (y < bottom[None, :]) & (x < right[None, :])
+        row = split.to(tl.int64) * batch + sample
+        value = tl.load(maps + (row * h + y) * w + x, mask=inside, other=0.0)
+        if not CHECKED:
+            value = checked(value)
+        total += tl.sum(value, axis=0)
+    return total / ((bottom - top) * (right - left)).to(tl.float32)
+
+
+@triton.jit
+def peak_of(grid, valid):
+    return tl.max(tl.where(valid, grid, -float("inf")), axis=0)
+
+
+@triton.jit
+def normalize_scale(grid, valid, cells, peak, NORMALIZE: tl.constexpr):
+    """Stage 3: what the map is divided by before the softmax."""
+    if NORMALIZE == "max":
+        return peak
+    elif NORMALIZE == "mean":
+        return tl.sum(tl.where(valid, grid, 0.0), axis=0) / cells.to(tl.float32)
+    else:
+        return tl.full([], 1.0, tl.float32)
+
+
+@triton.jit
+def kth_largest(key, k, CELLS: tl.constexpr):
+    """The k-th largest of ``key``, below CELLS << 31: bit by bit, from the top."""
+    kth = tl.full([], 0, tl.int64)
+    bit = tl.full([], CELLS, tl.int64) << 30
+    while bit > 0:
+        enough = tl.sum((key >= (kth | bit)).to(tl.int32), axis=0) >= k
+        kth = tl.where(enough, kth | bit, kth)
+        bit = bit >> 1
+    return kth
+
+
+@triton.jit
+def select(
+    grid,
+    cell,
+    valid,
+    cells,
+    temperature,
+    threshold,
+    k,
+    NORMALIZE: tl.constexpr,
+    TOPK: tl.constexpr,
+    CELLS: tl.constexpr,
+):
+    """Stage 4: the salient cells."""
+    finite = tl.max((valid & ~(tl.abs(grid) < float("inf"))).to(tl.int32), axis=0) == 0
+    if TOPK:
+        # The bits of floats >= 0 order them; of equal ones the lowest cell comes first.
+        value = tl.where(grid > 0, grid, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+        key = tl.where(valid, value * CELLS + (CELLS - 1 - cell), -1)
+        return key >= tl.where(finite, kth_largest(key, k, CELLS), philox.LARGEST)
+    else:
+        peak = peak_of(grid, valid)
+        varies = tl.min(tl.where(valid, grid, float("inf")), axis=0) < peak
+        scale = normalize_scale(grid, valid, cells, peak, NORMALIZE)
+        numerator = tl.exp((grid - peak) / scale / temperature)
+        total = tl.sum(tl.where(valid, numerator, 0.0), axis=0)
+        return valid & (numerator > tl.where(finite & varies, threshold * total, float("inf")))
+
+
+@triton.jit
+def sample(
+    keep, cell, valid, row, draw, seed, quantiles, quantile_shift, gate, SAMPLED: tl.constexpr
+):
+    """Stage 5: M. A draw whose word does not lie below ``gate`` grafts nothing: all True."""
+    p_word, gate_word, _, _ = philox.words(0, 0, draw, philox.KEEP_PROB, seed)
+    mask = keep
+    if SAMPLED:
+        p = philox.keep_threshold(p_word, quantiles, quantile_shift)
+        mask = mask & (philox.word(cell, row, draw, philox.SAMPLING, seed).to(tl.int64) < p)
+    return tl.where(gate_word.to(tl.int64) >= gate, valid, mask)
+
+
+@triton.jit
+def share(grid, kept, valid, NORM: tl.constexpr):
+    """I(S, kept) = ||S kept|| / ||S||, before the root of "l2"."""
+    weight = tl.where(valid, grid / peak_of(grid, valid), 0.0)  # squares cannot overflow
+    if NORM != "l1":
+        weight = weight * weight
+    return tl.sum(tl.where(kept, weight, 0.0), axis=0) / tl.sum(weight, axis=0)
+
+
+@triton.jit
+def label_ratio(own, other, mask, valid, cells, NORM: tl.constexpr):
+    """Stage 7: lam, from the grids of the source and the destination."""
+    lam = tl.sum(mask.to(tl.float32), axis=0) / cells.to(tl.float32)
+    if NORM != "area":
+        kept = share(own, mask, valid, NORM)
+        left = share(other, valid & ~mask, valid, NORM)
+        if NORM == "l2":
+            kept, left = tl.sqrt(kept), tl.sqrt(left)
+        ratio = kept / (kept + left)
+        lam = tl.where(tl.abs(ratio) < float("inf"), ratio, lam)
+    return lam
+
+
+@triton.jit
+def class_ids_known(targets, own, other, num_classes):
+    own_id, other_id = tl.load(targets + own), tl.load(targets + other)
+    return (own_id >= 0) & (own_id < num_classes) & (other_id >= 0) & (other_id < num_classes)
+
+
+@triton.jit
+def mix_targets(
+    targets, mixed, row, own, other, lam, column, num_classes, smoothing, TARGETS: tl.constexpr
+):
+    """Stage 8: the columns ``column`` of a row of mixed targets; NaN where lam is."""
+    inside = column < num_classes
+    if TARGETS == "ids":
+        own_target = (tl.load(targets + own) == column).to(tl.float32)
+        other_target = (tl.load(targets + other) == column).to(tl.float32)
+    else:
+        own_target = tl.load(targets + own * num_classes + column, mask=inside)
+        other_target = tl.load(targets + other * num_classes + column, mask=inside)
+    value = lam * own_target + (1 - lam) * other_target
+    value = (1 - smoothing) * value + smoothing / num_classes.to(tl.float32)
+    tl.store(mixed + row * num_classes + column, value, mask=inside)

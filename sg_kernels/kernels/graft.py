@@ -1,0 +1,478 @@
+"""Launch 2: the stages on cells, and the graft (stage 6); the graft alone; its gradient.
+
+An image is written tile by tile. A tile is LINES lines of CHUNKS chunks. A line is a row of pixels
+of one channel, or in CHANNELS_LAST order of all; a chunk is the widest run of bytes that pointers,
+strides and lines are multiples of, 16 at best. UNIFORM chunks lie inside one cell each: a lane is
+an integer of any width, and a chunk is read from the image it belongs to. Otherwise a lane is an
+element, and a chunk is read from both images where it needs both. Strides count chunks. Where those
+of a line are not neighbours, STRIDED, each is one element.
+"""
+
+import triton
+import triton.language as tl
+
+from sg_kernels.kernels import cells
+from sg_kernels.kernels.launch import chunks_of, kernel
+
+COLUMNS = tl.constexpr(1024)
+"""Of so many classes a program mixes the targets at once."""
+SCAN = tl.constexpr(1024)
+"""So many entries of the index a program of the gradient searches at once."""
+
+
+@triton.jit
+def tile_position(tile, tiles_across, LINES: tl.constexpr, CHUNKS: tl.constexpr):
+    """The lines and chunks of a tile."""
+    line = tile // tiles_across * LINES + tl.arange(0, LINES)
+    chunk = tile % tiles_across * CHUNKS + tl.arange(0, CHUNKS)
+    return line, chunk
+
+
+@triton.jit
+def tile_cells(
+    line,
+    chunk,
+    channels,
+    height,
+    width,
+    gh,
+    gw,
+    chunk_elements,
+    UNIFORM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The cell that each chunk lies in, (LINES, CHUNKS), or each lane, (LINES, CHUNKS, LANES)."""
+    if UNIFORM:
+        element = (chunk * chunk_elements)[None, :]
+        y = (line % height)[:, None]
+    else:
+        element = (chunk[:, None] * LANES + tl.arange(0, LANES)[None, :])[None, :, :]
+        y = (line % height)[:, None, None]
+    x = element // channels if CHANNELS_LAST else element
+    return y * gh // height * gw + tl.minimum(x, width - 1) * gw // width
+
+
+@triton.jit
+def tile_offset(
+    line,
+    chunk,
+    channels,
+    height,
+    channel_stride,
+    y_stride,
+    x_stride,
+    CHANNELS_LAST: tl.constexpr,
+    STRIDED: tl.constexpr,
+):
+    """Where each chunk of an image lies, in chunks: (LINES, CHUNKS)."""
+    down = line // height * channel_stride + line % height * y_stride
+    if not STRIDED:
+        across = chunk.to(tl.int64)
+    elif CHANNELS_LAST:
+        across = chunk // channels * x_stride + chunk % channels * channel_stride
+    else:
+        across = chunk * x_stride
+    return down[:, None] + across[None, :]
+
+
+@triton.jit
+def load_taken(pointer, offset, inside, taken, UNIFORM: tl.constexpr, LANES: tl.constexpr):
+    """The chunks that are ``inside`` and of which any lane is ``taken``; zeros elsewhere."""
+    if not UNIFORM:
+        taken = tl.max(taken.to(tl.int32), axis=2) != 0
+    needed = (inside & taken)[:, :, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    address = pointer + (offset[:, :, None] * LANES + lane)
+    return tl.load(address, mask=tl.broadcast_to(needed, address.shape), other=0)
+
+
+@triton.jit
+def copy_tile(
+    images,
+    out,
+    own_offset,
+    other_offset,
+    out_offset,
+    inside,
+    from_own,
+    unit: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Copies the chunks ``inside`` from the source, or where not ``from_own`` the destination."""
+    images, out = chunks_of(images, unit, LANES), chunks_of(out, unit, LANES)
+    if UNIFORM:
+        # The address is chosen, not the value: one access a chunk.
+        offset = tl.where(from_own, own_offset, other_offset)
+        value = load_taken(images, offset, inside, inside, UNIFORM, LANES)
+    else:
+        own = load_taken(images, own_offset, inside, from_own, UNIFORM, LANES)
+        other = load_taken(images, other_offset, inside, ~from_own, UNIFORM, LANES)
+        value = tl.where(from_own, own, other)
+    store_chunks(out, out_offset, inside, value, LANES)
+
+
+@triton.jit
+def store_chunks(pointer, offset, inside, value, LANES: tl.constexpr):
+    lane = tl.arange(0, LANES)[None, None, :]
+    address = pointer + (offset[:, :, None] * LANES + lane)
+    tl.store(address, value, mask=tl.broadcast_to(inside[:, :, None], address.shape))
+
+
+@triton.jit
+def destination_of(index, row, own, batch):
+    """Which image a row is grafted onto, and whether its index says so; its own, where not."""
+    other = tl.load(index + row)
+    known = (other >= 0) & (other < batch)
+    return tl.where(known, other, own), known
+
+
+@kernel
+def saliency_graft_kernel(
+    images,
+    out,
+    maps,
+    saliency,
+    call_seed,
+    step,
+    quantiles,
+    index,
+    targets,
+    lam,
+    mask,
+    mixed,
+    batch: tl.int32,
+    tiles: tl.int32,
+    tiles_across: tl.int32,
+    lines: tl.int32,
+    chunks: tl.int32,
+    chunk_elements: tl.int32,
+    channels: tl.int32,
+    height: tl.int32,
+    width: tl.int32,
+    image_stride: tl.int64,
+    channel_stride: tl.int64,
+    y_stride: tl.int64,
+    x_stride: tl.int64,
+    out_image_stride: tl.int64,
+    out_channel_stride: tl.int64,
+    out_y_stride: tl.int64,
+    out_x_stride: tl.int64,
+    splits: tl.int32,
+    h: tl.int32,
+    w: tl.int32,
+    gh: tl.int32,
+    gw: tl.int32,
+    window_h: tl.int32,
+    window_w: tl.int32,
+    temperature: tl.float32,
+    threshold: tl.float32,
+    k: tl.int32,
+    quantile_shift: tl.int32,
+    gate: tl.int64,
+    num_classes: tl.int32,
+    smoothing: tl.float32,
+    NORMALIZE: tl.constexpr,
+    TOPK: tl.constexpr,
+    NORM: tl.constexpr,
+    TARGETS: tl.constexpr,
+    CELLS: tl.constexpr,
+    TERMS: tl.constexpr,
+    GRAFTS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    STRIDED: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    UNIT: tl.constexpr,
+    LINES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A program per (row, tile). Each works out its sample's mask; the first of a row writes it.
+
+    Without GRAFTS it stops there.
+    """
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64)
+    tile = program % tiles
+    draw, own = (row // batch).to(tl.int32), row % batch
+    if step is not None and program == 0:
+        tl.store(step, tl.load(step) + 1)
+
+    grid_cells = gh * gw
+    cell = tl.arange(0, CELLS)
+    valid = cell < grid_cells
+    grid = cells.resample(
+        maps, own, batch, splits, h, w, gh, gw, window_h, window_w, cell, valid, True, TERMS
+    )
+    keep = cells.select(
+        grid, cell, valid, grid_cells, temperature, threshold, k, NORMALIZE, TOPK, CELLS
+    )
+    seed = tl.load(call_seed)
+    kept = cells.sample(
+        keep, cell, valid, own, draw, seed, quantiles, quantile_shift, gate, not TOPK
+    )
+    other, known = destination_of(index, row, own, batch)
+
+    if GRAFTS:
+        line, chunk = tile_position(tile, tiles_across, LINES, CHUNKS)
+        chunk_cell = tile_cells(
+            line,
+            chunk,
+            channels,
+            height,
+            width,
+            gh,
+            gw,
+            chunk_elements,
+            UNIFORM,
+            CHANNELS_LAST,
+            LANES,
+        )
+        from_own = tl.gather(kept.to(tl.int32), tl.ravel(chunk_cell), 0)
+        offset = tile_offset(
+            line,
+            chunk,
+            channels,
+            height,
+            channel_stride,
+            y_stride,
+            x_stride,
+            CHANNELS_LAST,
+            STRIDED,
+        )
+        out_offset = tile_offset(
+            line,
+            chunk,
+            channels,
+            height,
+            out_channel_stride,
+            out_y_stride,
+            out_x_stride,
+            CHANNELS_LAST,
+            STRIDED,
+        )
+        copy_tile(
+            images,
+            out,
+            own * image_stride + offset,
+            other * image_stride + offset,
+            row * out_image_stride + out_offset,
+            (line < lines)[:, None] & (chunk < chunks)[None, :],
+            tl.reshape(from_own, chunk_cell.shape) != 0,
+            UNIT,
+            UNIFORM,
+            LANES,
+        )
+
+    if tile == 0:
+        tl.store(mask + row * grid_cells + cell, kept, mask=valid)
+        if TARGETS == "ids":
+            known = known & cells.class_ids_known(targets, own, other, num_classes)
+        other_grid = cells.resample(
+            maps, other, batch, splits, h, w, gh, gw, window_h, window_w, cell, valid, True, TERMS
+        )
+        ratio = cells.label_ratio(grid, other_grid, kept, valid, grid_cells, NORM)
+        ratio = tl.where(known, ratio, float("nan"))
+        tl.store(lam + row, ratio)
+        if TARGETS != "none":
+            for start in range(0, num_classes, COLUMNS):
+                column = start + tl.arange(0, COLUMNS)
+                cells.mix_targets(
+                    targets, mixed, row, own, other, ratio, column, num_classes, smoothing, TARGETS
+                )
+        if saliency is not None and draw == 0:
+            for start in range(0, h * w, CELLS):
+                place = start + cell
+                exists = place < h * w
+                value = cells.resample(
+                    maps, own, batch, splits, h, w, h, w, 1, 1, place, exists, True, TERMS
+                )
+                tl.store(saliency + own * h * w + place, value, mask=exists)
+
+
+@kernel
+def graft_kernel(
+    images,
+    out,
+    mask,
+    index,
+    batch: tl.int32,
+    tiles: tl.int32,
+    tiles_across: tl.int32,
+    lines: tl.int32,
+    chunks: tl.int32,
+    chunk_elements: tl.int32,
+    channels: tl.int32,
+    height: tl.int32,
+    width: tl.int32,
+    image_stride: tl.int64,
+    channel_stride: tl.int64,
+    y_stride: tl.int64,
+    x_stride: tl.int64,
+    out_image_stride: tl.int64,
+    out_channel_stride: tl.int64,
+    out_y_stride: tl.int64,
+    out_x_stride: tl.int64,
+    gh: tl.int32,
+    gw: tl.int32,
+    CHANNELS_LAST: tl.constexpr,
+    STRIDED: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    UNIT: tl.constexpr,
+    LINES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The graft of a mask that lies in memory; a program per (row, tile)."""
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64)
+    own = row % batch
+    other, _ = destination_of(index, row, own, batch)
+    line, chunk = tile_position(program % tiles, tiles_across, LINES, CHUNKS)
+    chunk_cell = tile_cells(
+        line, chunk, channels, height, width, gh, gw, chunk_elements, UNIFORM, CHANNELS_LAST, LANES
+    )
+    offset = tile_offset(
+        line, chunk, channels, height, channel_stride, y_stride, x_stride, CHANNELS_LAST, STRIDED
+    )
+    out_offset = tile_offset(
+        line,
+        chunk,
+        channels,
+        height,
+        out_channel_stride,
+        out_y_stride,
+        out_x_stride,
+        CHANNELS_LAST,
+        STRIDED,
+    )
+    copy_tile(
+        images,
+        out,
+        own * image_stride + offset,
+        other * image_stride + offset,
+        row * out_image_stride + out_offset,
+        (line < lines)[:, None] & (chunk < chunks)[None, :],
+        tl.load(mask + row * gh * gw + chunk_cell) != 0,
+        UNIT,
+        UNIFORM,
+        LANES,
+    )
+
+
+@kernel
+def graft_backward_kernel(
+    grad,
+    out,
+    mask,
+    index,
+    batch: tl.int32,
+    rows: tl.int32,
+    tiles: tl.int32,
+    tiles_across: tl.int32,
+    lines: tl.int32,
+    chunks: tl.int32,
+    chunk_elements: tl.int32,
+    channels: tl.int32,
+    height: tl.int32,
+    width: tl.int32,
+    image_stride: tl.int64,
+    channel_stride: tl.int64,
+    y_stride: tl.int64,
+    x_stride: tl.int64,
+    out_image_stride: tl.int64,
+    out_channel_stride: tl.int64,
+    out_y_stride: tl.int64,
+    out_x_stride: tl.int64,
+    gh: tl.int32,
+    gw: tl.int32,
+    CHANNELS_LAST: tl.constexpr,
+    STRIDED: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    UNIT: tl.constexpr,
+    LINES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A program per (image, tile) adds what each row took from it: its own rows, in order, then
+    those grafted onto it, in order. Nothing is added atomically, so it gives the same every time.
+    """
+    program = tl.program_id(0)
+    own = (program // tiles).to(tl.int64)
+    line, chunk = tile_position(program % tiles, tiles_across, LINES, CHUNKS)
+    inside = (line < lines)[:, None] & (chunk < chunks)[None, :]
+    chunk_cell = tile_cells(
+        line, chunk, channels, height, width, gh, gw, chunk_elements, UNIFORM, CHANNELS_LAST, LANES
+    )
+    grad_offset = tile_offset(
+        line, chunk, channels, height, channel_stride, y_stride, x_stride, CHANNELS_LAST, STRIDED
+    )
+    grad, out = chunks_of(grad, UNIT, LANES), chunks_of(out, UNIT, LANES)
+    wide: tl.constexpr = tl.float64 if UNIT == tl.float64 else tl.float32
+    total = tl.zeros([LINES, CHUNKS, LANES], wide)
+    for start in range(0, rows, batch):
+        row = start + own
+        other, _ = destination_of(index, row, own, batch)
+        all_taken = (other == own).to(tl.int32)
+        taken = tl.load(mask + row * gh * gw + chunk_cell).to(tl.int32) + all_taken > 0
+        total += load_gradient(
+            grad, row * image_stride + grad_offset, inside, taken, UNIFORM, LANES
+        )
+    for start in range(0, rows, SCAN):
+        candidate = start + tl.arange(0, SCAN)
+        onto = tl.load(index + candidate, mask=candidate < rows, other=-1) == own
+        onto = onto & (candidate % batch != own)  # a row that meets itself is counted already
+        row = tl.min(tl.where(onto, candidate, rows), axis=0).to(tl.int64)
+        while row < rows:
+            taken = tl.load(mask + row * gh * gw + chunk_cell) == 0
+            total += load_gradient(
+                grad, row * image_stride + grad_offset, inside, taken, UNIFORM, LANES
+            )
+            onto = onto & (candidate > row)
+            row = tl.min(tl.where(onto, candidate, rows), axis=0).to(tl.int64)
+    out_offset = tile_offset(
+        line,
+        chunk,
+        channels,
+        height,
+        out_channel_stride,
+        out_y_stride,
+        out_x_stride,
+        CHANNELS_LAST,
+        STRIDED,
+    )
+    store_chunks(out, own * out_image_stride + out_offset, inside, total.to(UNIT), LANES)
+
+
+@triton.jit
+def load_gradient(pointer, offset, inside, taken, UNIFORM: tl.constexpr, LANES: tl.constexpr):
+    value = load_taken(pointer, offset, inside, taken, UNIFORM, LANES)
+    value = value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
+    if not UNIFORM:
+        value = tl.where(taken, value, 0)
+    return value
+
+
+@kernel
+def mix_targets_kernel(
+    targets,
+    weights,
+    index,
+    mixed,
+    batch: tl.int32,
+    tiles: tl.int32,
+    num_classes: tl.int32,
+    smoothing: tl.float32,
+    TARGETS: tl.constexpr,
+):
+    """Stage 8 alone; a program per (row, tile of COLUMNS)."""
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64)
+    own = row % batch
+    other, known = destination_of(index, row, own, batch)
+    if TARGETS == "ids":
+        known = known & cells.class_ids_known(targets, own, other, num_classes)
+    lam = tl.where(known, tl.load(weights + row), float("nan"))
+    column = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    cells.mix_targets(targets, mixed, row, own, other, lam, column, num_classes, smoothing, TARGETS)

@@ -1,0 +1,404 @@
+"""The operators of :mod:`sg_kernels.ops` on the Triton kernels."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv, reinterpret
+
+from sg_kernels import reference, rng
+from sg_kernels.kernels import table
+from sg_kernels.kernels.graft import (
+    COLUMNS,
+    graft_backward_kernel,
+    graft_kernel,
+    mix_targets_kernel,
+    saliency_graft_kernel,
+)
+from sg_kernels.kernels.launch import launch
+from sg_kernels.kernels.saliency import SAMPLES, saliency_kernel
+
+BYTES = tl.int1
+"""The type of pointers to images and features: none that they are read as, see chunks_of."""
+UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+"""Images are copied as integers of so many bytes, whatever they are."""
+FLOATS = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+"""What features and gradients are read as."""
+NO_PAIRING = (None, None, None, 0, None, 0, None, 0)
+"""What saliency_kernel takes for the randomness where only the map is wanted."""
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    device = tensor.device
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _empty(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=tensor.device)
+
+
+def _saliency_plan(features: Tensor) -> table.Saliency:
+    return table.saliency(
+        tuple(features.shape),
+        features.stride(),
+        features.element_size(),
+        table.alignment(features.data_ptr()),
+    )
+
+
+def _tile(images: Tensor, out: Tensor, mask_size: tuple[int, int], arithmetic: bool) -> table.Tile:
+    return table.tile(
+        out.shape[0],
+        tuple(images.shape),
+        images.stride(),
+        out.stride(),
+        images.element_size(),
+        table.alignment(images.data_ptr(), out.data_ptr()),
+        mask_size,
+        arithmetic,
+    )
+
+
+def _geometry(tile: table.Tile, images: Tensor) -> tuple[int, ...]:
+    """The arguments from ``tiles`` to the last stride, which all kernels of images share."""
+    _, channels, height, width = images.shape
+    return (
+        tile.tiles,
+        tile.tiles_across,
+        tile.line_count,
+        tile.chunk_count,
+        tile.chunk_elements,
+        max(1, channels),
+        height,
+        width,
+        *tile.strides,
+    )
+
+
+def channel_saliency(features: Tensor) -> Tensor:
+    batch, _, h, w = features.shape
+    saliency = _empty(features, (batch, h, w), torch.float32)
+    if saliency.numel() == 0:
+        return saliency
+    plan = _saliency_plan(features)
+    partials = saliency
+    if plan.splits > 1:
+        partials = _empty(features, (plan.splits, batch, h, w), torch.float32)
+    with _on(features):
+        launch(
+            saliency_kernel,
+            batch * plan.splits * plan.tiles,
+            4,
+            (
+                reinterpret(features, BYTES),
+                partials,
+                None,
+                batch,
+                plan.tiles,
+                plan.splits,
+                plan.row_count,
+                h,
+                w,
+                *plan.strides,
+                h,
+                w,
+                1,
+                1,
+                *NO_PAIRING,
+            ),
+            False,
+            FLOATS[features.dtype],
+            plan.layout,
+            plan.planes,
+            plan.rows,
+            plan.chunks,
+            plan.lanes,
+            plan.unroll,
+        )
+    return partials.sum(0) if plan.splits > 1 else saliency
+
+
+def graft(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
+    out = reference.empty_rows(images, mask.shape[0])
+    graft_out(out, images, mask, index)
+    return out
+
+
+def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
+    if out.numel() == 0:
+        return
+    gh, gw = mask.shape[1:]
+    tile = _tile(images, out, (gh, gw), arithmetic=False)
+    with _on(images):
+        launch(
+            graft_kernel,
+            out.shape[0] * tile.tiles,
+            tile.num_warps,
+            (
+                reinterpret(images, BYTES),
+                reinterpret(out, BYTES),
+                mask.contiguous(),
+                index.contiguous(),
+                images.shape[0],
+                *_geometry(tile, images),
+                gh,
+                gw,
+            ),
+            tile.channels_last,
+            tile.strided,
+            tile.uniform,
+            UNITS[tile.unit_bytes],
+            tile.lines,
+            tile.chunks,
+            tile.lanes,
+        )
+
+
+def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int) -> Tensor:
+    rows = grad.shape[0]
+    out = reference.empty_rows(grad, rows // augmentations)
+    if grad.is_complex():  # the real and the imaginary numbers, each a strided batch
+        _graft_backward(grad.real, mask, index, out.real)
+        _graft_backward(grad.imag, mask, index, out.imag)
+    else:
+        _graft_backward(grad, mask, index, out)
+    return out
+
+
+def _graft_backward(grad: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> None:
+    if out.numel() == 0:
+        return
+    gh, gw = mask.shape[1:]
+    tile = _tile(grad, out, (gh, gw), arithmetic=True)
+    with _on(grad):
+        launch(
+            graft_backward_kernel,
+            out.shape[0] * tile.tiles,
+            tile.num_warps,
+            (
+                reinterpret(grad, BYTES),
+                reinterpret(out, BYTES),
+                mask.contiguous(),
+                index.contiguous(),
+                out.shape[0],
+                grad.shape[0],
+                *_geometry(tile, grad),
+                gh,
+                gw,
+            ),
+            tile.channels_last,
+            tile.strided,
+            tile.uniform,
+            FLOATS[grad.dtype],
+            tile.lines,
+            tile.chunks,
+            tile.lanes,
+        )
+
+
+def mix_targets(
+    targets: Tensor, lam: Tensor, index: Tensor, num_classes: int, label_smoothing: float
+) -> Tensor:
+    rows = lam.shape[0]
+    mixed = _empty(lam, (rows, num_classes), torch.float32)
+    if mixed.numel() == 0:
+        return mixed
+    tiles = cdiv(num_classes, COLUMNS.value)
+    with _on(lam):
+        launch(
+            mix_targets_kernel,
+            rows * tiles,
+            4,
+            (
+                targets.contiguous(),
+                lam.contiguous(),
+                index.contiguous(),
+                mixed,
+                targets.shape[0],
+                tiles,
+                num_classes,
+                label_smoothing,
+            ),
+            "ids" if targets.dim() == 1 else "rows",
+        )
+    return mixed
+
+
+def saliency_graft(images: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    augmentations = args[15]
+    out = reference.empty_rows(images, augmentations * images.shape[0])
+    return out, *saliency_graft_out(out, images, *args)
+
+
+def saliency_graft_out(
+    out: Tensor,
+    images: Tensor,
+    features: Tensor | None,
+    saliency: Tensor | None,
+    index: Tensor | None,
+    targets: Tensor | None,
+    seed: Tensor,
+    step: Tensor | None,
+    rank: int,
+    quantiles: Tensor,
+    grid_size: tuple[int, int],
+    temperature: float,
+    normalize: str,
+    threshold: float,
+    k: int | None,
+    norm: str,
+    prob: float,
+    augmentations: int,
+    no_fixed_points: bool,
+    num_classes: int,
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    gh, gw = grid_size
+    source = features if saliency is None else saliency.contiguous()
+    assert source is not None
+    batch, (h, w) = images.shape[0], source.shape[-2:]
+    rows = out.shape[0]
+    lam = _empty(images, (rows,), torch.float32)
+    paired = _empty(images, (rows,), torch.int64)
+    mask = _empty(images, (rows, gh, gw), torch.bool)
+    mapped = _empty(images, (batch, h, w), torch.float32)
+    mixed = _empty(images, (rows, 0 if targets is None else num_classes), torch.float32)
+    if rows == 0:
+        if step is not None:
+            step.add_(1)
+        return lam, paired, mask, mapped, mixed
+
+    window_h, window_w = table.window(h, gh), table.window(w, gw)
+    grid, maps, whole_map = None, mapped, None
+    if saliency is None:
+        plan = _saliency_plan(source)
+        if plan.splits > 1:
+            maps, whole_map = _empty(images, (plan.splits, batch, h, w), torch.float32), mapped
+        partials = maps
+    else:
+        plan = table.given(h * w, gh * gw, window_h * window_w)
+        partials = mapped
+        if (gh, gw) != (h, w):
+            grid = maps = _empty(images, (batch, gh, gw), torch.float32)
+    call_seed = _empty(images, (1,), torch.int64)
+    on_host = seed.device != images.device
+    pairing_programs = augmentations * cdiv(batch, SAMPLES.value)
+    with _on(images):
+        launch(
+            saliency_kernel,
+            pairing_programs + batch * plan.splits * plan.tiles,
+            4,
+            (
+                reinterpret(source, BYTES),
+                partials,
+                grid,
+                batch,
+                plan.tiles,
+                plan.splits,
+                plan.row_count,
+                h,
+                w,
+                *plan.strides,
+                gh,
+                gw,
+                window_h,
+                window_w,
+                None if index is None else index.contiguous(),
+                paired,
+                None if on_host else seed,
+                int(seed) if on_host else 0,
+                step,
+                rank,
+                call_seed,
+                pairing_programs,
+            ),
+            no_fixed_points,
+            FLOATS[source.dtype],
+            plan.layout,
+            plan.planes,
+            plan.rows,
+            plan.chunks,
+            plan.lanes,
+            plan.unroll,
+        )
+        if grid is not None:
+            h, w, window_h, window_w = gh, gw, 1, 1
+        terms = plan.splits * window_h * window_w
+        cells = table.cells(gh * gw, terms)
+        tile = _tile(images, out, (gh, gw), arithmetic=False)
+        at_once = gh * gw <= table.MAX_CELLS_IN_LAUNCH_2 and terms <= table.MAX_TERMS_IN_LAUNCH_2
+        tiles = tile.tiles if at_once else 1
+        launch(
+            saliency_graft_kernel,
+            rows * tiles,
+            max(tile.num_warps, cells.num_warps) if at_once else cells.num_warps,
+            (
+                reinterpret(images, BYTES),
+                reinterpret(out, BYTES),
+                maps,
+                whole_map,
+                call_seed,
+                step,
+                quantiles,
+                paired,
+                None if targets is None else targets.contiguous(),
+                lam,
+                mask,
+                mixed,
+                batch,
+                tiles,
+                *_geometry(tile, images)[1:],
+                plan.splits,
+                h,
+                w,
+                gh,
+                gw,
+                window_h,
+                window_w,
+                temperature,
+                threshold,
+                k or 0,
+                32 - (quantiles.shape[0] - 1).bit_length() + 1,
+                int(prob * rng.ONE),
+                num_classes,
+                label_smoothing,
+            ),
+            normalize,
+            k is not None,
+            norm,
+            "none" if targets is None else "ids" if targets.dim() == 1 else "rows",
+            cells.cells,
+            cells.terms,
+            at_once,
+            tile.channels_last,
+            tile.strided,
+            tile.uniform,
+            UNITS[tile.unit_bytes],
+            tile.lines,
+            tile.chunks,
+            tile.lanes,
+        )
+    if not at_once:
+        graft_out(out, images, mask, paired)
+    return lam, paired, mask, mapped, mixed
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "channel_saliency": channel_saliency,
+    "graft": graft,
+    "graft_out": graft_out,
+    "graft_backward": graft_backward,
+    "mix_targets": mix_targets,
+    "saliency_graft": saliency_graft,
+    "saliency_graft_out": saliency_graft_out,
+}

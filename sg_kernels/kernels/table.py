@@ -1,0 +1,244 @@
+"""The launch table: what a kernel is compiled for and started with, from sizes and strides alone.
+
+Fixed rules instead of autotuning: the kernels move bytes, and what decides how fast is the width of
+an access, the bytes in flight and the number of programs. Sizes that become constants of a kernel
+are rounded to powers of two, so that few variants are ever compiled.
+"""
+
+from functools import lru_cache
+from math import lcm
+from typing import NamedTuple
+
+from triton import cdiv, next_power_of_2
+
+CHUNK = 16
+"""Bytes of the widest access."""
+
+MAX_CELLS_IN_LAUNCH_2 = 1024
+"""Up to so many cells each program of launch 2 works out its sample's mask on the way."""
+MAX_TERMS_IN_LAUNCH_2 = 64
+"""Of so many values, of splits and window, each may be the sum: what a program reads of a cell."""
+MAX_CELLS = 65536
+"""What one program can hold."""
+
+PROGRAMS_1 = 1024
+"""Launch 1 is split until it has so many, about 8 for each multiprocessor of a large device."""
+PROGRAMS_2 = 264
+"""Launch 2 takes smaller tiles until it has so many, about 2 for each."""
+PARTIAL_BYTES = 1 << 20
+"""What the partial sums of all splits may take."""
+
+
+class Saliency(NamedTuple):
+    """How launch 1 sums channels; see saliency_kernel."""
+
+    layout: str
+    planes: int
+    rows: int
+    """Constant: rows of a block."""
+    chunks: int
+    lanes: int
+    unroll: int
+    tiles: int
+    splits: int
+    row_count: int
+    strides: tuple[int, int, int, int]
+    """Of samples, rows, y and x, in chunks."""
+
+
+class Tile(NamedTuple):
+    """How launch 2 copies images; see graft.py."""
+
+    channels_last: bool
+    strided: bool
+    uniform: bool
+    unit_bytes: int
+    lines: int
+    """Constant: lines of a tile."""
+    chunks: int
+    lanes: int
+    num_warps: int
+    tiles: int
+    tiles_across: int
+    line_count: int
+    chunk_count: int
+    chunk_elements: int
+    strides: tuple[int, ...]
+    """Of images, channels, y and x, then the same of the output's, in chunks."""
+
+
+class Cells(NamedTuple):
+    """How a program holds the cells of a sample, and the values that it sums to one."""
+
+    cells: int
+    terms: int
+    num_warps: int
+
+
+def alignment(*addresses: int) -> int:
+    """The largest power of two, at most CHUNK, that every address is a multiple of."""
+    bits = CHUNK
+    for address in addresses:
+        bits |= address
+    return bits & -bits
+
+
+def widest_chunk(itemsize: int, aligned: int, *runs: int) -> int:
+    """The bytes of the widest access, where runs of elements begin and end on its multiples."""
+    return max(itemsize, alignment(aligned, *[run * itemsize for run in runs]))
+
+
+def window(size: int, grid: int) -> int:
+    """The most cells of a map's axis that a cell of the grid averages over."""
+    return 1 if grid >= size else cdiv(size, grid) + (size % grid != 0)
+
+
+def splits_of(batch: int, tiles: int, row_count: int, block: int, map_cells: int) -> int:
+    wanted = cdiv(PROGRAMS_1, max(1, batch * tiles))
+    # Every split has a block to read, and launch 2 reads no more than 2048 sums of a sample.
+    most = min(
+        row_count // block, 2048 // map_cells, PARTIAL_BYTES // 4 // max(1, batch * map_cells)
+    )
+    splits = 1
+    while splits < min(wanted, 16) and 2 * splits <= most:
+        splits *= 2
+    return splits
+
+
+@lru_cache(maxsize=1024)
+def saliency(
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, int, int, int],
+    itemsize: int,
+    aligned: int,
+) -> Saliency:
+    batch, channels, h, w = shape
+    sample_stride, channel_stride, y_stride, x_stride = (
+        stride if size > 1 else 0 for stride, size in zip(strides, shape)
+    )
+    map_cells, threads = h * w, 128
+    if channel_stride == 1:
+        chunk = widest_chunk(itemsize, aligned, channels, sample_stride, y_stride, x_stride)
+        layout, planes, lanes = "channels_last", 1, chunk // itemsize
+        row_count = channels // lanes
+        chunks = min(next_power_of_2(max(1, row_count)), 32)
+        rows = threads // chunks
+        tiles, block = cdiv(map_cells, rows), chunks
+    else:
+        dense = (
+            (w == 1 or x_stride == 1)
+            and (h == 1 or y_stride == w)
+            and (channels == 1 or channel_stride == map_cells)
+        )
+        layout, planes, lanes = "strided", 1, 1
+        if dense:
+            layout = "planes"
+            chunk = widest_chunk(itemsize, aligned, channels * map_cells, sample_stride)
+            while True:
+                lanes = chunk // itemsize
+                planes = lcm(map_cells, lanes) // map_cells
+                if planes == 1 or planes * map_cells <= 2048:
+                    break
+                chunk //= 2
+            channel_stride = planes * map_cells
+        row_count = channels // planes
+        chunks = next_power_of_2(planes * map_cells // lanes)
+        if planes == 1:
+            chunks = min(chunks, threads)
+        rows = max(1, threads // chunks)
+        tiles, block = cdiv(planes * map_cells // lanes, chunks), rows
+    unroll = 8 if row_count > 4 * block else 4
+    return Saliency(
+        layout,
+        planes,
+        rows,
+        chunks,
+        lanes,
+        unroll,
+        tiles,
+        splits_of(batch, tiles, row_count, block * unroll, map_cells),
+        row_count,
+        tuple(stride // lanes for stride in (sample_stride, channel_stride, y_stride, x_stride)),
+    )
+
+
+@lru_cache(maxsize=1024)
+def given(map_cells: int, grid_cells: int, terms: int) -> Saliency:
+    """How launch 1 checks a ready map and resamples it to ``grid_cells``, of ``terms`` each."""
+    at_once = 1 if terms == 1 else 16 if terms <= 16 else 256
+    cells, block = min(256, 4096 // at_once), 1024
+    tiles = min(64, max(cdiv(map_cells, block), cdiv(grid_cells, cells)))
+    return Saliency("given", 1, at_once, cells, block, 1, tiles, 1, 0, (0, 0, 0, 0))
+
+
+@lru_cache(maxsize=1024)
+def tile(
+    rows: int,
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, ...],
+    out_strides: tuple[int, ...],
+    itemsize: int,
+    aligned: int,
+    grid_size: tuple[int, int],
+    whole_elements: bool = False,
+) -> Tile:
+    """``whole_elements``: lanes are elements, for arithmetic on them."""
+    _, channels, height, width = shape
+    strides = tuple(s if n > 1 else 0 for s, n in zip(strides, shape))
+    out_strides = tuple(s if n > 1 else 0 for s, n in zip(out_strides, (rows, *shape[1:])))
+    channels_last = 0 < out_strides[1] < out_strides[3]
+    if channels_last:
+        line_count, line = height, width * channels
+        strided = any(s[1] != 1 or s[3] != channels for s in (strides, out_strides))
+        pitches = (strides[0], strides[2], out_strides[0], out_strides[2])
+    else:
+        line_count, line = channels * height, width
+        strided = width > 1 and not strides[3] == out_strides[3] == 1
+        pitches = (*strides[:3], *out_strides[:3])
+    chunk = itemsize if strided else widest_chunk(itemsize, aligned, line, *pitches)
+    chunk_elements = chunk // itemsize
+    chunk_count = line // chunk_elements
+
+    gw = grid_size[1]
+    pixel = channels if channels_last else 1
+    uniform = all(cdiv(g * width, gw) * pixel % chunk_elements == 0 for g in range(1, gw))
+    unit_bytes = itemsize if whole_elements or not uniform else min(chunk, 4)
+    lanes = chunk // unit_bytes
+
+    # 8 accesses in flight for each of 256 threads; fewer where lanes take a register each, more
+    # where accesses are narrow. Few rows are cut finer, to occupy the device.
+    size = 4096 if chunk < 8 else 2048
+    if unit_bytes < 4:
+        size = min(size, 8192 // lanes)
+    chunks = min(next_power_of_2(max(1, chunk_count)), 256)
+    lines = min(size // chunks, next_power_of_2(max(1, line_count)))
+    while lines > 1 and lines * chunks > 256 and rows * cdiv(line_count, lines) < PROGRAMS_2:
+        lines //= 2
+    num_warps = 8 if lines * chunks * lanes >= 4096 else 4
+    tiles_across = cdiv(chunk_count, chunks)
+    return Tile(
+        channels_last,
+        strided,
+        uniform,
+        unit_bytes,
+        lines,
+        chunks,
+        lanes,
+        num_warps,
+        max(1, tiles_across * cdiv(line_count, lines)),
+        max(1, tiles_across),
+        line_count,
+        chunk_count,
+        chunk_elements,
+        tuple(stride // chunk_elements for stride in (*strides, *out_strides)),
+    )
+
+
+@lru_cache(maxsize=1024)
+def cells(grid_cells: int, terms: int) -> Cells:
+    block = next_power_of_2(grid_cells)
+    if block <= MAX_CELLS_IN_LAUNCH_2:
+        block = 64 if block <= 64 else 256 if block <= 256 else 1024
+    most = max(1, 4096 // block)
+    at_once = 1 if terms == 1 else min(most, 4 if terms <= 4 else 16)
+    return Cells(block, at_once, 4 if block <= 1024 else 8 if block <= 4096 else 32)
