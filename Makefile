@@ -6,14 +6,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TORCH_STAMP := $(VENV)/torch-$(TORCH).stamp
 STAMP := $(VENV)/installed.stamp
+PEERS := $(VENV)/peers.stamp
 CSRC := $(shell find csrc -type f)
 NATIVE := setup.py $(CSRC)
 
-.PHONY: help demo test lint sanitize build bench clean
+.PHONY: help demo test lint sanitize build bench compare bench-check bench-calibrate clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
 demo: $(STAMP) ## trains with and without grafting, compares the backends, draws benchmarks/results/demo.png
 	$(RUN) benchmarks/demo.py
@@ -27,7 +28,7 @@ sanitize: $(STAMP) ## the test suite on a build with ASan and UBSan
 		--build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest --ignore tests/test_backends.py
+	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest --ignore tests/test_backends.py --ignore tests/test_benchmarks.py
 
 lint: $(STAMP) ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
@@ -37,8 +38,18 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 
 build: $(STAMP) ## the virtual environment and the compiled backend
 
-bench: $(STAMP) ## the CPU benchmark
-	$(RUN) benchmarks/compare_cpu.py
+bench: $(STAMP) ## every operator, backend and shape by itself, under pytest-benchmark
+	$(RUN) -m pytest benchmarks/bench_ops.py --benchmark-columns=min,median,iqr,rounds \
+		--benchmark-max-time=0.2 --benchmark-sort=name
+
+compare: $(PEERS) ## beside the reference, torch.compile and other mixups, into benchmarks/results/
+	$(RUN) -m benchmarks.compare
+
+bench-check: $(PEERS) ## has a ratio fallen against the committed ones?
+	$(RUN) -m benchmarks.check
+
+bench-calibrate: $(PEERS) ## measures the ratios, and how far they differ, that bench-check holds to
+	$(RUN) -m benchmarks.check --calibrate 5
 
 clean: ## removes the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info sg_kernels/*.so
@@ -49,6 +60,15 @@ $(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet "setuptools>=77" wheel "torch==$(TORCH)"
 	@rm -f $(VENV)/torch-*.stamp
+	@touch $@
+
+# The libraries that are compared with. One that does not install is absent from the tables, no more.
+# timm asks for a torchvision, of which there is no CPU build; the one file that is used does not.
+$(PEERS): $(STAMP)
+	-$(RUN) -m pip install --quiet --no-deps timm
+	-$(RUN) -m pip install --quiet kornia
+	-$(RUN) -m pip install --quiet gco-wrapper
+	-$(RUN) -m pip install --quiet opencv-contrib-python-headless
 	@touch $@
 
 $(STAMP): $(TORCH_STAMP) pyproject.toml $(NATIVE)

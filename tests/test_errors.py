@@ -578,6 +578,7 @@ def test_what_was_given_and_what_is_accepted_are_told():
         saliency_graft(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 2, 2, dtype=torch.int32))
 
 
+@pytest.mark.slow
 def test_edge_values_are_accepted(backend):
     images, features = inputs()
     for change in (

@@ -280,6 +280,7 @@ def number_of_threads():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_changes_no_bit(backend, number_of_threads):
     images = torch.randn(32, 3, 32, 32, requires_grad=True)
     features = torch.randn(32, 64, 8, 8)
@@ -361,6 +362,7 @@ def test_index_p_and_cells_do_not_depend_on_the_rest_of_the_batch(backend, optio
     assert torch.equal(part.mask, whole.mask.unflatten(0, (-1, 8))[:, :3].flatten(0, 1))
 
 
+@pytest.mark.slow
 def test_of_several_grid_sizes_the_seed_draws_one(backend):
     images, features = batch_of()
     sizes = [(2, 2), (3, 4), (5, 6), [4, 4]]
@@ -420,6 +422,7 @@ def test_no_grad_records_nothing(backend):
     assert not result.images.requires_grad
 
 
+@pytest.mark.slow
 def test_many_alphas_do_not_crowd_out_one_another(backend):
     images, features = batch_of(2)
     for alpha in np.linspace(0.5, 1.5, 70).tolist():

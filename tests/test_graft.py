@@ -207,6 +207,7 @@ def plain_graft(images, mask, index):
 
 # Few rows are cut into strips, and outputs of 16 MiB and more may be written past the caches, where
 # every run of pixels begins and ends on 16 bytes: grids 7 and 8 do there, 9 does not.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [(64, 3, 64, 64), (1, 3, 400, 400), (3, 4, 256, 320), (30, 3, 224, 224)]
 )
@@ -259,6 +260,7 @@ def test_gradients_of_a_repeated_index_add_up(backend):
     assert grad[:, 0, 0, 0].tolist() == [1.0, 0.0, 3.0, 0.0]
 
 
+@pytest.mark.slow
 def test_half_precision_gradients_are_summed_in_float32(backend):
     images = torch.zeros(2, 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
     mask = torch.zeros(600, 1, 1, dtype=torch.bool)

@@ -241,6 +241,7 @@ def test_prob_0_returns_the_inputs(backend):
     assert int(module.step) == 0
 
 
+@pytest.mark.slow
 def test_prob_gates_whole_calls_by_their_own_words(backend):
     images, ids, features = batch_of()
     module = SaliencyGraft(num_classes=5, prob=0.3, keep_prob=0.5, seed=9, backend=backend)
@@ -258,6 +259,7 @@ def test_prob_gates_whole_calls_by_their_own_words(backend):
     assert 20 <= grafted <= 40
 
 
+@pytest.mark.slow
 def test_prob_gates_each_augmentation(backend):
     images, ids, features = batch_of()
     module = SaliencyGraft(prob=0.5, augmentations=40, seed=1, keep_prob=0.0, backend=backend)
@@ -390,6 +392,7 @@ def test_a_copy_can_be_made_after_a_call_with_gradients(backend):
     assert int(copy.deepcopy(module).step) == 1
 
 
+@pytest.mark.slow
 def test_of_several_grid_sizes_the_calls_seed_draws_one(backend):
     sizes = [(2, 2), (4, 4), (3, 3), (4, 2)]
     images, _, features = batch_of()
@@ -408,6 +411,7 @@ def test_of_several_grid_sizes_the_calls_seed_draws_one(backend):
     assert set(drawn) == set(sizes)
 
 
+@pytest.mark.slow
 def test_a_refused_call_does_not_shift_the_grid_sizes_to_come(backend):
     sizes = [(2, 2), (4, 4), (3, 3), (4, 2)]
     images, _, features = batch_of()

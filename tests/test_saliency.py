@@ -142,6 +142,7 @@ def test_features_stay_as_they_are(backend):
     assert torch.equal(features, before)
 
 
+@pytest.mark.slow
 def test_the_same_features_give_the_same_bits(backend):
     features = random_features(8, 300, 14, 14)
     first = channel_saliency(features, backend=backend)

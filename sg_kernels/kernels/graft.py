@@ -143,6 +143,7 @@ def saliency_graft_kernel(
     mask,
     mixed,
     batch: tl.int32,
+    parts: tl.int32,
     tiles: tl.int32,
     tiles_across: tl.int32,
     lines: tl.int32,
@@ -188,13 +189,14 @@ def saliency_graft_kernel(
     CHUNKS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A program per (row, tile). Each works out its sample's mask; the first of a row writes it.
+    """A row's tiles are shared out to ``parts`` programs.
 
-    Without GRAFTS it stops there.
+    Each works out its sample's mask; the first also writes it, and lam and the mixed target. Only
+    that happens without GRAFTS.
     """
     program = tl.program_id(0)
-    row = (program // tiles).to(tl.int64)
-    tile = program % tiles
+    row = (program // parts).to(tl.int64)
+    part = program % parts
     draw, own = (row // batch).to(tl.int32), row % batch
     if step is not None and program == 0:
         tl.store(step, tl.load(step) + 1)
@@ -215,57 +217,58 @@ def saliency_graft_kernel(
     other, known = destination_of(index, row, own, batch)
 
     if GRAFTS:
-        line, chunk = tile_position(tile, tiles_across, LINES, CHUNKS)
-        chunk_cell = tile_cells(
-            line,
-            chunk,
-            channels,
-            height,
-            width,
-            gh,
-            gw,
-            chunk_elements,
-            UNIFORM,
-            CHANNELS_LAST,
-            LANES,
-        )
-        from_own = tl.gather(kept.to(tl.int32), tl.ravel(chunk_cell), 0)
-        offset = tile_offset(
-            line,
-            chunk,
-            channels,
-            height,
-            channel_stride,
-            y_stride,
-            x_stride,
-            CHANNELS_LAST,
-            STRIDED,
-        )
-        out_offset = tile_offset(
-            line,
-            chunk,
-            channels,
-            height,
-            out_channel_stride,
-            out_y_stride,
-            out_x_stride,
-            CHANNELS_LAST,
-            STRIDED,
-        )
-        copy_tile(
-            images,
-            out,
-            own * image_stride + offset,
-            other * image_stride + offset,
-            row * out_image_stride + out_offset,
-            (line < lines)[:, None] & (chunk < chunks)[None, :],
-            tl.reshape(from_own, chunk_cell.shape) != 0,
-            UNIT,
-            UNIFORM,
-            LANES,
-        )
+        for tile in range(part, tiles, parts):
+            line, chunk = tile_position(tile, tiles_across, LINES, CHUNKS)
+            chunk_cell = tile_cells(
+                line,
+                chunk,
+                channels,
+                height,
+                width,
+                gh,
+                gw,
+                chunk_elements,
+                UNIFORM,
+                CHANNELS_LAST,
+                LANES,
+            )
+            from_own = tl.gather(kept.to(tl.int32), tl.ravel(chunk_cell), 0)
+            offset = tile_offset(
+                line,
+                chunk,
+                channels,
+                height,
+                channel_stride,
+                y_stride,
+                x_stride,
+                CHANNELS_LAST,
+                STRIDED,
+            )
+            out_offset = tile_offset(
+                line,
+                chunk,
+                channels,
+                height,
+                out_channel_stride,
+                out_y_stride,
+                out_x_stride,
+                CHANNELS_LAST,
+                STRIDED,
+            )
+            copy_tile(
+                images,
+                out,
+                own * image_stride + offset,
+                other * image_stride + offset,
+                row * out_image_stride + out_offset,
+                (line < lines)[:, None] & (chunk < chunks)[None, :],
+                tl.reshape(from_own, chunk_cell.shape) != 0,
+                UNIT,
+                UNIFORM,
+                LANES,
+            )
 
-    if tile == 0:
+    if part == 0:
         tl.store(mask + row * grid_cells + cell, kept, mask=valid)
         if TARGETS == "ids":
             known = known & cells.class_ids_known(targets, own, other, num_classes)
@@ -409,7 +412,7 @@ def graft_backward_kernel(
         line, chunk, channels, height, channel_stride, y_stride, x_stride, CHANNELS_LAST, STRIDED
     )
     grad, out = chunks_of(grad, UNIT, LANES), chunks_of(out, UNIT, LANES)
-    wide: tl.constexpr = tl.float64 if UNIT == tl.float64 else tl.float32
+    wide: tl.constexpr = tl.float64 if tl.float64 == UNIT else tl.float32
     total = tl.zeros([LINES, CHUNKS, LANES], wide)
     for start in range(0, rows, batch):
         row = start + own

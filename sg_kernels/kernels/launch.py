@@ -33,7 +33,7 @@ def kernel(function: Callable[..., None]) -> Any:
 
 
 @triton.jit
-def chunks_of(pointer, element: tl.constexpr, LANES: tl.constexpr):
+def chunks_of(pointer: Any, element: tl.constexpr, LANES: tl.constexpr) -> Any:
     """Bytes as elements, known to be aligned to LANES of them.
 
     What is known is a note on the cast, so the pointer must not be of that type already.

@@ -38,7 +38,7 @@ NO_PAIRING = (None, None, None, 0, None, 0, None, 0)
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     device = tensor.device
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 
@@ -98,7 +98,7 @@ def channel_saliency(features: Tensor) -> Tensor:
         launch(
             saliency_kernel,
             batch * plan.splits * plan.tiles,
-            4,
+            table.WARPS,
             (
                 reinterpret(features, BYTES),
                 partials,
@@ -143,7 +143,7 @@ def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
         launch(
             graft_kernel,
             out.shape[0] * tile.tiles,
-            tile.num_warps,
+            table.WARPS,
             (
                 reinterpret(images, BYTES),
                 reinterpret(out, BYTES),
@@ -184,7 +184,7 @@ def _graft_backward(grad: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> N
         launch(
             graft_backward_kernel,
             out.shape[0] * tile.tiles,
-            tile.num_warps,
+            table.WARPS,
             (
                 reinterpret(grad, BYTES),
                 reinterpret(out, BYTES),
@@ -218,7 +218,7 @@ def mix_targets(
         launch(
             mix_targets_kernel,
             rows * tiles,
-            4,
+            table.WARPS,
             (
                 targets.contiguous(),
                 lam.contiguous(),
@@ -240,7 +240,15 @@ def saliency_graft(images: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return out, *saliency_graft_out(out, images, *args)
 
 
-def saliency_graft_out(
+def saliency_graft_out(out: Tensor, images: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    gh, gw = args[8]
+    if gh * gw <= table.MAX_CELLS:
+        return _saliency_graft_out(out, images, *args)
+    _, lam, index, *rest = reference.saliency_graft(images, *args, out=out)  # type: ignore[misc]
+    return lam, index.clone(), *rest
+
+
+def _saliency_graft_out(
     out: Tensor,
     images: Tensor,
     features: Tensor | None,
@@ -297,7 +305,7 @@ def saliency_graft_out(
         launch(
             saliency_kernel,
             pairing_programs + batch * plan.splits * plan.tiles,
-            4,
+            table.WARPS,
             (
                 reinterpret(source, BYTES),
                 partials,
@@ -337,11 +345,11 @@ def saliency_graft_out(
         cells = table.cells(gh * gw, terms)
         tile = _tile(images, out, (gh, gw), arithmetic=False)
         at_once = gh * gw <= table.MAX_CELLS_IN_LAUNCH_2 and terms <= table.MAX_TERMS_IN_LAUNCH_2
-        tiles = tile.tiles if at_once else 1
+        parts = min(tile.tiles, cdiv(table.PROGRAMS_2, rows)) if at_once else 1
         launch(
             saliency_graft_kernel,
-            rows * tiles,
-            max(tile.num_warps, cells.num_warps) if at_once else cells.num_warps,
+            rows * parts,
+            cells.num_warps,
             (
                 reinterpret(images, BYTES),
                 reinterpret(out, BYTES),
@@ -356,8 +364,8 @@ def saliency_graft_out(
                 mask,
                 mixed,
                 batch,
-                tiles,
-                *_geometry(tile, images)[1:],
+                parts,
+                *_geometry(tile, images),
                 plan.splits,
                 h,
                 w,

@@ -6,9 +6,9 @@ import triton.language as tl
 from sg_kernels.kernels import cells, philox
 from sg_kernels.kernels.launch import chunks_of, kernel
 
-SAMPLES = tl.constexpr(16)
+SAMPLES = tl.constexpr(8)
 """Of how many samples a program draws the pairing."""
-TICKETS = tl.constexpr(256)
+TICKETS = tl.constexpr(64)
 """With how many tickets it compares theirs at once."""
 
 
@@ -184,18 +184,19 @@ def saliency_kernel(
 
     ``rows`` of a split's partial sum are rows of planes, or chunks of channels in LAYOUT
     "channels_last". Strides count chunks of LANES elements. With a ready map, LAYOUT "given",
-    ``partials`` is the saliency itself.
+    ``partials`` is the saliency itself. Without ``index`` only the map is wanted.
     """
     program = tl.program_id(0)
     if program < pairing_programs:
-        key = seed_value
-        if seed is not None:
-            key = tl.load(seed)
-        if step is not None:  # which launch 2 advances
-            key = philox.call_seed(key, tl.load(step), rank)
-        if program == 0:
-            tl.store(call_seed, key)
-        draw_pairing(program, batch, given_index, index, key, NO_FIXED_POINTS)
+        if index is not None:
+            key = seed_value
+            if seed is not None:
+                key = tl.load(seed)
+            if step is not None:  # which launch 2 advances
+                key = philox.call_seed(key, tl.load(step), rank)
+            if program == 0:
+                tl.store(call_seed, key)
+            draw_pairing(program, batch, given_index, index, key, NO_FIXED_POINTS)
     else:
         task = (program - pairing_programs).to(tl.int64)
         tile = (task % tiles).to(tl.int32)

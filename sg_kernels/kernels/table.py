@@ -18,13 +18,18 @@ MAX_CELLS_IN_LAUNCH_2 = 1024
 """Up to so many cells each program of launch 2 works out its sample's mask on the way."""
 MAX_TERMS_IN_LAUNCH_2 = 64
 """Of so many values, of splits and window, each may be the sum: what a program reads of a cell."""
-MAX_CELLS = 65536
-"""What one program can hold."""
+MAX_CELLS = 4096
+"""Up to so many one program holds; finer grids, as of 65 x 64, run on the reference."""
 
+WARPS = 4
+"""Of a program, unless it holds more cells than MAX_CELLS_IN_LAUNCH_2."""
 PROGRAMS_1 = 1024
 """Launch 1 is split until it has so many, about 8 for each multiprocessor of a large device."""
-PROGRAMS_2 = 264
-"""Launch 2 takes smaller tiles until it has so many, about 2 for each."""
+PROGRAMS_2 = 2048
+"""Launch 2 shares out the tiles of a row until it has so many: twice what runs at once. More would
+work out more masks again."""
+MIN_PROGRAMS = 264
+"""Tiles are made smaller until there are so many."""
 PARTIAL_BYTES = 1 << 20
 """What the partial sums of all splits may take."""
 
@@ -42,7 +47,7 @@ class Saliency(NamedTuple):
     tiles: int
     splits: int
     row_count: int
-    strides: tuple[int, int, int, int]
+    strides: tuple[int, ...]
     """Of samples, rows, y and x, in chunks."""
 
 
@@ -57,7 +62,6 @@ class Tile(NamedTuple):
     """Constant: lines of a tile."""
     chunks: int
     lanes: int
-    num_warps: int
     tiles: int
     tiles_across: int
     line_count: int
@@ -107,8 +111,8 @@ def splits_of(batch: int, tiles: int, row_count: int, block: int, map_cells: int
 
 @lru_cache(maxsize=1024)
 def saliency(
-    shape: tuple[int, int, int, int],
-    strides: tuple[int, int, int, int],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
     itemsize: int,
     aligned: int,
 ) -> Saliency:
@@ -174,7 +178,7 @@ def given(map_cells: int, grid_cells: int, terms: int) -> Saliency:
 @lru_cache(maxsize=1024)
 def tile(
     rows: int,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     strides: tuple[int, ...],
     out_strides: tuple[int, ...],
     itemsize: int,
@@ -205,16 +209,12 @@ def tile(
     unit_bytes = itemsize if whole_elements or not uniform else min(chunk, 4)
     lanes = chunk // unit_bytes
 
-    # 8 accesses in flight for each of 256 threads; fewer where lanes take a register each, more
-    # where accesses are narrow. Few rows are cut finer, to occupy the device.
-    size = 4096 if chunk < 8 else 2048
-    if unit_bytes < 4:
-        size = min(size, 8192 // lanes)
+    # 8 accesses in flight for each of 128 threads, fewer where lanes take a register each.
+    size = 1024 if unit_bytes >= 4 or lanes == 1 else 4096 // lanes
     chunks = min(next_power_of_2(max(1, chunk_count)), 256)
     lines = min(size // chunks, next_power_of_2(max(1, line_count)))
-    while lines > 1 and lines * chunks > 256 and rows * cdiv(line_count, lines) < PROGRAMS_2:
+    while lines > 1 and lines * chunks > 256 and rows * cdiv(line_count, lines) < MIN_PROGRAMS:
         lines //= 2
-    num_warps = 8 if lines * chunks * lanes >= 4096 else 4
     tiles_across = cdiv(chunk_count, chunks)
     return Tile(
         channels_last,
@@ -224,7 +224,6 @@ def tile(
         lines,
         chunks,
         lanes,
-        num_warps,
         max(1, tiles_across * cdiv(line_count, lines)),
         max(1, tiles_across),
         line_count,
@@ -239,6 +238,5 @@ def cells(grid_cells: int, terms: int) -> Cells:
     block = next_power_of_2(grid_cells)
     if block <= MAX_CELLS_IN_LAUNCH_2:
         block = 64 if block <= 64 else 256 if block <= 256 else 1024
-    most = max(1, 4096 // block)
-    at_once = 1 if terms == 1 else min(most, 4 if terms <= 4 else 16)
-    return Cells(block, at_once, 4 if block <= 1024 else 8 if block <= 4096 else 32)
+    at_once = 1 if terms == 1 else max(1, 1024 // block)
+    return Cells(block, at_once, WARPS if block <= MAX_CELLS_IN_LAUNCH_2 else 32)

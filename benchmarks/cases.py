@@ -1,0 +1,167 @@
+"""The shapes that are measured, and the fewest bytes each must move."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    """One call of saliency_graft."""
+
+    name: str
+    images: tuple[int, int, int, int]
+    features: tuple[int, ...]
+    """(B, K, h, w); tokens are (B, N, K)."""
+    num_classes: int = 10
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    token_grid: tuple[int, int] | None = None
+    prefix_tokens: int = 0
+    grid_size: tuple[int, int] | None = None
+    augmentations: int = 1
+
+    @property
+    def shape(self) -> str:
+        """As a table shows it."""
+        images, features = ("x".join(map(str, extents)) for extents in (self.images, self.features))
+        kind = str(self.dtype).removeprefix("torch.") + " channels_last" * self.channels_last
+        return f"{images}, {features} {kind}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of saliency_graft."""
+        return {
+            "token_grid": self.token_grid,
+            "prefix_tokens": self.prefix_tokens,
+            "grid_size": self.grid_size,
+            "augmentations": self.augmentations,
+        }
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        return self.token_grid or (self.features[2], self.features[3])
+
+
+class Data(NamedTuple):
+    """The inputs of a call."""
+
+    images: Tensor
+    features: Tensor
+    labels: Tensor
+    seed: Tensor | None
+    """On the device, for a graph, which cannot draw one; else every call draws its own."""
+
+
+def make_data(case: Case, device: str, seed_on_device: bool = False) -> Data:
+    # Random: pages of zeros may be one page that was never touched, and zeros draw less power.
+    images = torch.rand(case.images, device=device).to(case.dtype)
+    features = torch.randn(case.features, device=device).to(case.dtype)
+    if case.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+        if features.dim() == 4:
+            features = features.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(case.num_classes, case.images[:1], device=device)
+    seed = torch.randint(2**62, (1,), device=device) if seed_on_device else None
+    return Data(images, features, labels, seed)
+
+
+def floor_bytes(case: Case) -> int:
+    """Features once + images once + output once: no way of computing it moves fewer.
+
+    The maps, masks and labels besides are thousands of times smaller and not counted.
+    """
+    batch, channels, height, width = case.images
+    image_bytes = batch * channels * height * width * case.dtype.itemsize
+    return features_bytes(case) + (1 + case.augmentations) * image_bytes
+
+
+def features_bytes(case: Case) -> int:
+    if case.token_grid is None:
+        batch, channels, h, w = case.features
+    else:
+        batch, _, channels = case.features
+        h, w = case.token_grid
+    return batch * channels * h * w * case.dtype.itemsize
+
+
+BF16_LAST: dict[str, Any] = {"dtype": torch.bfloat16, "channels_last": True}
+
+
+def wrn(name: str, batch: int = 128, channels: int = 640, **options: Any) -> Case:
+    """WideResNet-28-10 on CIFAR-100."""
+    return Case(name, (batch, 3, 32, 32), (batch, channels, 8, 8), 100, **options)
+
+
+def resnet50(name: str, batch: int, **options: Any) -> Case:
+    """ResNet-50 on ImageNet."""
+    return Case(name, (batch, 3, 224, 224), (batch, 2048, 7, 7), 1000, **options)
+
+
+def headline(device: str, quick: bool) -> list[Case]:
+    """The two that everything is compared on."""
+    if quick:
+        return [
+            Case("cifar", (4, 3, 8, 8), (4, 16, 4, 4)),
+            Case("imagenet", (4, 3, 16, 16), (4, 32, 4, 4)),
+        ]
+    if device == "cuda":
+        return [wrn("cifar"), resnet50("imagenet", 256, **BF16_LAST)]
+    return [wrn("cifar"), resnet50("imagenet", 64)]
+
+
+TINY = Case("tiny", (2, 3, 8, 8), (2, 16, 4, 4))
+"""So small that only the way to the kernels and back is left."""
+
+
+def paper(device: str, quick: bool) -> list[Case]:
+    """The networks and data sets of the paper, a vision transformer and a spectrogram."""
+    if quick:
+        return [TINY, TINY._replace(name="tiny-bf16-channels_last", **BF16_LAST)]
+    on_cuda = device == "cuda"
+    cases = [
+        wrn("wrn28-10"),
+        Case("pyramidnet", (64, 3, 32, 32), (64, 1024, 8, 8), 100),
+        Case("resnet18-64x64", (128, 3, 64, 64), (128, 512, 8, 8), 200),
+        *(resnet50(f"resnet50-{batch}", batch) for batch in (32, 64, 128, 256, 512)),
+        resnet50("resnet50-64-bf16", 64, dtype=torch.bfloat16),
+        resnet50("resnet50-64-bf16-channels_last", 64, **BF16_LAST),
+        resnet50("resnet50-64-channels_last", 64, channels_last=True),
+        resnet50("resnet50-64-fp16", 64, dtype=torch.float16),
+        Case(
+            "vit-b16",
+            (64, 3, 224, 224),
+            (64, 197, 768),
+            1000,
+            token_grid=(14, 14),
+            prefix_tokens=1,
+        ),
+        Case("spectrogram", (64, 1, 128, 1024), (64, 512, 4, 32), 527),
+    ]
+    if on_cuda:
+        cases += [resnet50(f"resnet50-{b}-bf16-channels_last", b, **BF16_LAST) for b in (256, 512)]
+        return cases
+    # A CPU's training batches are not that large.
+    return [case for case in cases if case.images[0] < 256]
+
+
+def growth(device: str, quick: bool) -> dict[str, list[tuple[int, Case]]]:
+    """How cost grows along one axis at a time, from the CIFAR shape."""
+
+    def base(batch: int, channels: int = 640, **options: Any) -> Case:
+        return wrn("", batch, channels, **options)
+
+    batches, channels = [1, 4, 16, 64, 256, 1024], [64, 256, 1024, 4096]
+    grids, augmentations, batch = [1, 2, 4, 8, 16, 32], [1, 2, 4, 8], 128
+    if quick:
+        batches, channels, grids, augmentations, batch = [1, 2], [4, 8], [1, 2], [1, 2], 2
+    axes = {
+        "batch": [(n, base(n, channels[-1] if quick else 640)) for n in batches],
+        "channels": [(n, base(batch, n)) for n in channels],
+        "grid": [(n, base(batch, channels[0], grid_size=(n, n))) for n in grids],
+        "augmentations": [(n, base(batch, channels[0], augmentations=n)) for n in augmentations],
+    }
+    return {
+        axis: [(n, case._replace(name=f"{axis}={n}")) for n, case in points]
+        for axis, points in axes.items()
+    }

@@ -1,0 +1,374 @@
+"""Our backends beside the reference, torch.compile, copies and other mixups, in one run.
+
+    python -m benchmarks.compare            everything, into benchmarks/results/
+    python -m benchmarks.compare --quick    a smoke run on tiny shapes, whose numbers mean nothing
+
+Writes <machine>.csv, one row a figure; <machine>.md, the same as tables; and plots. On CUDA where
+there is a device, else on the CPU. What cannot run is a row without a value that says why.
+"""
+
+import argparse
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import sg_kernels
+from benchmarks import cases, measure, report, results
+from benchmarks.candidates import (
+    COPY,
+    EAGER,
+    Call,
+    Candidate,
+    copies,
+    everything,
+    ours,
+    own_backends,
+    peers,
+)
+from benchmarks.cases import Case, floor_bytes, make_data
+from benchmarks.measure import DeviceClock, Samples, Timed, interleave, reason
+from benchmarks.memory import peak_memory
+from benchmarks.results import OVER_FLOOR, Row, absent, row_of
+from benchmarks.step import measure_steps
+from sg_kernels import ops
+
+AT_LEAST_NS = 2e6
+TIME, DEVICE_TIME, HOST_TIME = "time", "device time", "host time"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=101, help="measured rounds (101)")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
+    parser.add_argument("--results", type=Path, default=results.RESULTS, help="where to write")
+    options = parser.parse_args()
+    if options.threads or options.quick:
+        torch.set_num_threads(options.threads or 1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = options.results / f"{results.file_name(device)}.csv"
+    run, rows = results.describe_run(device), [load_average()]
+    print(f"load average at the start: {rows[0].value} (idle, if the times are to count)")
+    clock = DeviceClock() if device == "cuda" else None
+    rounds = 5 if options.quick else options.rounds
+    for section in measure_all(device, clock, options.quick, rounds):
+        rows += section
+        results.write(path, run, rows)  # what is measured survives what comes after
+    path.with_suffix(".md").write_text(report.tables(run, rows))
+    try:
+        from benchmarks import plots
+
+        plots.draw(rows, path)
+    except Exception as error:  # matplotlib is missing, or there is nothing to draw
+        print(f"no plots: {reason(error)}")
+    print(report.summary(run, rows))
+    print(f"\nwrote {path} and what is made of it")
+
+
+def load_average() -> Row:
+    """What else ran: above 0 by much, and the times are too long."""
+    return Row("machine", "", "all", "load average at the start", round(os.getloadavg()[0], 2), "")
+
+
+def measure_all(
+    device: str, clock: DeviceClock | None, quick: bool, rounds: int
+) -> Iterator[list[Row]]:
+    """Every figure, by sections; one that fails is a row that says so, and the others go on."""
+    for case in cases.headline(device, quick):
+        yield guarded(case.name, lambda case=case: headline(case, device, clock, rounds, quick))
+    if clock is None:
+        yield guarded("peak memory", lambda: peak_memory(quick))
+    yield guarded("tiny", lambda: host_times(device, rounds))
+    few = max(5, rounds // 4)
+    for axis, points in cases.growth(device, quick).items():
+
+        def section(points: list[tuple[int, Case]] = points) -> list[Row]:
+            return grow(points, device, clock, few)
+
+        yield guarded(axis, section)
+    steps = max(3, rounds // 8)
+    yield guarded("training step", lambda: measure_steps(device, quick, steps), grad=True)
+
+
+def guarded(section: str, measured: Callable[[], list[Row]], grad: bool = False) -> list[Row]:
+    try:
+        with torch.set_grad_enabled(grad):
+            rows = measured()
+    except Exception as error:
+        print(f"{section}: not measured, {reason(error)}")
+        rows = [absent(section, "", "all", "all", reason(error))]
+    gc.collect()
+    with contextlib.suppress(RuntimeError):  # of a device that a kernel has brought down
+        torch.cuda.empty_cache()
+    return rows
+
+
+class Prepared:
+    """The candidates of a case that run here, and why the others do not."""
+
+    def __init__(self, case: Case, candidates: Iterable[Candidate], device: str) -> None:
+        self.case, self.device = case, device
+        self.absent: dict[str, str] = {}
+        self.absent_on_device: dict[str, str] = {}
+        self.candidates: list[Candidate] = []
+        self.calls: dict[str, Call] = {}
+        torch._dynamo.reset()
+        data = make_data(case, device)
+        for candidate in candidates:
+            try:
+                call = candidate.build(case, data)
+                call()
+                measure.synchronize()  # a kernel's failure shows here, not at some later candidate
+            except Exception as error:
+                self.absent[candidate.name] = reason(error)
+                continue
+            self.calls[candidate.name] = call
+            self.candidates.append(candidate)
+
+    def wall_times(self, rounds: int) -> Samples:
+        timed = {name: Timed(call) for name, call in self.calls.items()}
+        return interleave(timed, rounds, measure.wall, self.case.name, self.absent)
+
+    def device_times(self, clock: DeviceClock, rounds: int) -> tuple[Samples, dict[str, str]]:
+        """And how each was timed."""
+        sets = clock.sets(floor_bytes(self.case))
+        inputs = [make_data(self.case, self.device, seed_on_device=True) for _ in range(sets)]
+        timed, notes = {}, {}
+        # Those that may spoil a capture come last.
+        for candidate in sorted(self.candidates, key=lambda candidate: not candidate.capturable):
+            name = candidate.name
+            if name in self.absent:
+                continue
+            try:
+                calls = [candidate.build(self.case, data) for data in inputs]
+                timed[name], notes[name] = clock.prepare(calls, candidate.capturable)
+            except Exception as error:
+                self.absent_on_device[name] = reason(error)
+        title = f"{self.case.name}, device"
+        return interleave(timed, rounds, clock, title, self.absent_on_device), notes
+
+    def absent_rows(self) -> list[Row]:
+        return [
+            absent(self.case.name, self.case.shape, name, figure, why)
+            for figure, names in ((TIME, self.absent), (DEVICE_TIME, self.absent_on_device))
+            for name, why in names.items()
+        ]
+
+
+def headline(
+    case: Case, device: str, clock: DeviceClock | None, rounds: int, quick: bool
+) -> list[Row]:
+    """Everything on one case: ratios, times, rates, counts."""
+    prepared = Prepared(case, everything(device, quick), device)
+    host = prepared.wall_times(rounds)
+    rows = [Row(case.name, case.shape, "floor", "bytes", floor_bytes(case), "B")]
+    rows += time_rows(case, prepared.candidates, host, TIME, {})
+    decisive = host
+    if clock is not None:
+        decisive, notes = prepared.device_times(clock, rounds)
+        rows += time_rows(case, prepared.candidates, decisive, DEVICE_TIME, notes)
+        waits = {name: Timed(prepared.calls[name]) for name in host}
+        enqueued = interleave(waits, max(5, rounds // 4), measure.host, "host", prepared.absent)
+        rows += [
+            row_of(case.name, case.shape, name, HOST_TIME, values / 1e3, "us")
+            for name, values in enqueued.items()
+        ]
+        rows += over_the_floor(case, prepared.candidates, decisive, copy_bandwidth(clock))
+    rows += ratio_rows(case, decisive, device)
+    rows += count_rows(case, prepared, on_device=clock is not None)
+    return rows + prepared.absent_rows()
+
+
+def time_rows(
+    case: Case,
+    candidates: list[Candidate],
+    samples: Samples,
+    figure: str,
+    notes: dict[str, str],
+) -> list[Row]:
+    """Times, and where the floor of the bytes applies, the rate they amount to."""
+    rows = []
+    for candidate in candidates:
+        if candidate.name not in samples:
+            continue
+        values, where = samples[candidate.name], (case.name, case.shape, candidate.name)
+        rows.append(row_of(*where, figure, values / 1e6, "ms", notes.get(candidate.name, "")))
+        if candidate.traffic is not None:
+            rate = candidate.traffic(case) / values
+            rows.append(row_of(*where, "floor bytes / " + figure, rate, "GB/s"))
+    return rows
+
+
+def denominators(device: str) -> dict[str, list[str]]:
+    """Whose time is divided by which of ours: those that do the same work."""
+    theirs: dict[str, list[str]] = {}
+    for backend in own_backends(device):
+        fresh, out, targets = f"{backend}", f"{backend}, out=", f"{backend}, targets"
+        for name in (EAGER.name, "compiled reference", "compiled reference, max-autotune"):
+            theirs.setdefault(name, []).append(fresh)
+        for candidate in peers():
+            theirs.setdefault(candidate.name, []).append(targets)
+        theirs.setdefault("clone of the images", []).append(fresh)
+        theirs.setdefault(COPY, []).extend([out, fresh])
+        map_given, saliency = f"{backend}, out=, map given", f"{backend} channel_saliency"
+        theirs.setdefault("copy_ of the images", []).append(map_given)
+        theirs.setdefault("sum of the features", []).append(saliency)
+        theirs.setdefault("two launches of one element", []).append(fresh)
+    return theirs
+
+
+def ratio_rows(case: Case, samples: Samples, device: str) -> list[Row]:
+    """Above 1 where ours is the faster. Of the copy it is the share of the copy's bandwidth."""
+    rows = []
+    for name, own in denominators(device).items():
+        for mine in own:
+            if name not in samples or mine not in samples:
+                continue
+            ratio = samples[name] / samples[mine]
+            rows.append(row_of(case.name, case.shape, name, f"time / {mine}", ratio, "x"))
+            if name == COPY:
+                where = (case.name, case.shape, mine)
+                rows.append(row_of(*where, "time / copy_ of the same bytes", 1 / ratio, "x"))
+                rows.append(row_of(*where, "share of the copy bandwidth", 100 * ratio, "%"))
+    return rows
+
+
+def copy_bandwidth(clock: DeviceClock) -> np.ndarray:
+    """Bytes a nanosecond of a copy that no cache helps, read and written."""
+    source = torch.rand_like(clock.ballast)
+    copy = Timed(partial(clock.ballast.copy_, source), busy=2)
+    times = np.array([clock(copy) for _ in range(15)][5:])
+    clock.ballast.fill_(1.0)
+    return 2 * source.numel() * source.element_size() / times
+
+
+def over_the_floor(
+    case: Case, candidates: list[Candidate], samples: Samples, bandwidth: np.ndarray
+) -> list[Row]:
+    """Times over what the floor's bytes take at the copy's bandwidth."""
+    rows = [row_of(case.name, case.shape, "a large copy_", "bandwidth", bandwidth, "GB/s")]
+    floor = floor_bytes(case) / float(np.median(bandwidth))
+    for candidate in candidates:
+        if candidate.traffic is floor_bytes and candidate.name in samples:
+            over = samples[candidate.name] / floor
+            rows.append(row_of(case.name, case.shape, candidate.name, OVER_FLOOR, over, "x"))
+    return rows
+
+
+def count_rows(case: Case, prepared: Prepared, on_device: bool) -> list[Row]:
+    """What does not depend on a clock."""
+    counters: list[tuple[str, str, Callable[[Call], int]]] = [
+        ("operators per call", "", measure.count_operators)
+    ]
+    if on_device:
+        counters += [
+            ("launches per call", "", measure.count_launches),
+            ("host syncs per call", "", measure.count_syncs),
+            ("peak memory beyond the outputs", "B", measure.device_memory_peak),
+        ]
+    rows = []
+    for candidate in prepared.candidates:
+        for figure, unit, count in counters:
+            where = (case.name, case.shape, candidate.name, figure)
+            if count is measure.count_operators and not candidate.countable:
+                rows.append(absent(*where, "while operators are counted it runs uncompiled"))
+                continue
+            try:
+                rows.append(Row(*where, count(prepared.calls[candidate.name]), unit))
+            except Exception as error:
+                rows.append(absent(*where, reason(error)))
+    return rows
+
+
+def host_times(device: str, rounds: int) -> list[Row]:
+    """Calls on images so small that only the way to the kernels and back is left."""
+    case = cases.TINY
+    data = make_data(case, device)
+    calls: dict[str, Call] = {}
+    missing: dict[str, str] = {}
+    for backend in (*own_backends(device), "reference"):
+        try:
+            # What the function hands to its operator, less the checks before it.
+            operator = ops.overload("saliency_graft", backend)
+            arguments = operator_arguments(case, data, device)
+            module = sg_kernels.SaliencyGraft(backend=backend).to(device)
+            function = partial(
+                sg_kernels.saliency_graft, data.images, data.features, backend=backend
+            )
+            function()
+        except Exception as error:
+            missing[f"{backend} function"] = reason(error)
+            continue
+        calls[f"{backend} function"] = function
+        calls[f"{backend} raw operator"] = partial(operator, *arguments)
+        calls[f"{backend} module"] = partial(module, data.images, features=data.features)
+    timed = {}
+    for name, call in calls.items():
+        try:
+            timed[name] = measure.repeated(call, AT_LEAST_NS)
+        except Exception as error:
+            missing[name] = reason(error)
+    samples = interleave(timed, rounds, measure.host, "host time", missing)
+    rows = [
+        row_of(case.name, case.shape, name, HOST_TIME, values / 1e3, "us")
+        for name, values in samples.items()
+    ]
+    rows += [absent(case.name, case.shape, name, HOST_TIME, why) for name, why in missing.items()]
+    for name, call in calls.items():
+        operators = measure.count_operators(call)
+        rows.append(Row(case.name, case.shape, name, "operators per call", operators, ""))
+    return rows
+
+
+def operator_arguments(case: Case, data: cases.Data, device: str) -> tuple[object, ...]:
+    quantiles = sg_kernels.rng.beta_quantiles(1.0).to(device)
+    (h, w), seed = case.map_size, ops.draw_seed().to(device)
+    draws = (None, None, None, seed, None, 0, quantiles)
+    selection = ((h, w), 0.2, "max", 1 / (h * w), None)
+    return (data.images, data.features, *draws, *selection, "l1", 1.0, 1, False, 0, 0.0)
+
+
+def grow(
+    points: list[tuple[int, Case]], device: str, clock: DeviceClock | None, rounds: int
+) -> list[Row]:
+    """Ours, the reference and the floor along one axis."""
+    rows = []
+    figure = TIME if clock is None else DEVICE_TIME
+    for _, case in points:
+        own = [candidate for backend in own_backends(device) for candidate in ours(backend)[:2]]
+        prepared = Prepared(case, [*own, EAGER, copies()[0]], device)
+        if clock is None:
+            samples, notes = prepared.wall_times(rounds), {}
+        else:
+            samples, notes = prepared.device_times(clock, rounds)
+        rows += time_rows(case, prepared.candidates, samples, figure, notes)
+        rows += prepared.absent_rows()
+    return rows + several_for_one(rows, points, figure)
+
+
+def several_for_one(rows: list[Row], points: list[tuple[int, Case]], figure: str) -> list[Row]:
+    """What one call with n augmentations takes, over n calls."""
+    ratios = []
+    for n, case in points:
+        if case.augmentations == 1:
+            continue
+        single = case.name.replace(f"={n}", "=1")
+        for row in [row for row in rows if (row.case, row.figure) == (case.name, figure)]:
+            one = results.find(rows, single, row.candidate, figure)
+            if one and one.value and row.value and row.candidate != COPY:
+                value = results.significant(row.value / (n * one.value))
+                where = (case.name, case.shape, row.candidate)
+                ratios.append(Row(*where, "time / n calls of one", value, "x"))
+    return ratios
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Keeps the figures of README.md's Performance section to those in benchmarks/results/.
+
+    python -m benchmarks.readme            rewrites them
+    python -m benchmarks.readme --check    fails where rewriting would change them
+
+A table stands between two markers, which name the CSV it is made from:
+
+    <!-- benchmarks: cpu -->
+    <!-- /benchmarks -->
+
+A figure in the prose stands between two others, which name its row: file, case, candidate, figure.
+It keeps the decimals that it is written with:
+
+    <!-- cpu | tiny | cpp function | host time -->33 us<!-- / -->
+
+Any other number with a unit in that section is an error.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.candidates import COPY, copies, two_launches
+from benchmarks.results import OVER_FLOOR, Row, Run, find
+
+README = results.RESULTS.parents[1] / "README.md"
+TABLE = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
+FIGURE = re.compile(
+    r"(<!-- ([^|>]+) \| ([^|>]+) \| ([^|>]+) \| ([^|>]+) -->)([^<]*)(<!-- / -->)", re.DOTALL
+)
+UNBACKED = re.compile(r"-?\d[\d.,]*\s?(?:x|ns|us|µs|ms|s|%|GB/s|TB/s|[KMG]i?B)(?!\w)")
+BACKENDS = ("triton", "cuda", "cpp")
+FLOORS = (COPY, OVER_FLOOR.removeprefix("time / "))
+MOVES = [candidate.name for candidate in (*copies(), two_launches())]
+TIMES = {"device time": "device", "time": "", "host time": "host"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if it would")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    options = parser.parse_args()
+    text = options.readme.read_text()
+    if options.check:
+        found = problems(text, options.results)
+        print("\n".join(found))
+        sys.exit(1 if found else 0)
+    options.readme.write_text(rewritten(text, options.results))
+    print("\n".join(unbacked(text)))
+
+
+def problems(text: str, directory: Path) -> list[str]:
+    """What in the text differs from the results, or is backed by none."""
+    current, wanted = text.splitlines(), rewritten(text, directory).splitlines()
+    stale = [f"stale: {line}" for line in current if line not in wanted]
+    missing = [f"missing: {line}" for line in wanted if line not in current]
+    return stale + missing + unbacked(text)
+
+
+def rewritten(text: str, directory: Path) -> str:
+    def block(match: re.Match[str]) -> str:
+        return match[1] + table(*results.read(directory / f"{match[2]}.csv"), match[2]) + match[3]
+
+    def figure(match: re.Match[str]) -> str:
+        _, rows = results.read(directory / f"{match[2]}.csv")
+        row = find(rows, *match.group(3, 4, 5))
+        if row is None or row.value is None:
+            return f"{match[1]}no such row{match[7]}"
+        decimals = re.search(r"\.(\d+)", match[6])
+        number = f"{row.value:.{len(decimals[1]) if decimals else 0}f}"
+        return match[1] + with_unit(number, row.unit) + match[7]
+
+    return FIGURE.sub(figure, TABLE.sub(block, text))
+
+
+def unbacked(text: str) -> list[str]:
+    """Numbers with a unit in the Performance section that no marker ties to a row."""
+    section = text.partition("\n## Performance\n")[2].partition("\n## ")[0]
+    prose = FIGURE.sub("", TABLE.sub("", section))
+    return [f"no row is named for: {match[0]}" for match in UNBACKED.finditer(prose)]
+
+
+def table(run: Run, rows: list[Row], name: str) -> str:
+    """The figures of the two headline cases: ratios first, then times."""
+    cases = list(
+        dict.fromkeys(r.case for r in rows if (r.candidate, r.figure) == ("floor", "bytes"))
+    )
+    shapes = {row.case: row.shape for row in rows}
+    chosen = list(dict.fromkeys(key for row in rows if (key := line_of(row)) is not None))
+    lines = []
+    for candidate, figure in sorted(chosen, key=lambda key: rank(key[1])):
+        found = [find(rows, case, candidate, figure) for case in cases]
+        if any(found):
+            cells = [shown(row) if row else "absent" for row in found]
+            lines.append(f"| {label(candidate, figure)} | {' | '.join(cells)} |")
+    rounds = max((row.rounds or 0 for row in rows), default=0)
+    torch = next((v for v in run.versions.split("; ") if v.startswith("torch ")), "torch")
+    note = " An adapter is ours, after the paper: no library computes it."
+    adapters = note if any("adapter" in line for line in lines) else ""
+    header = [f"{case}: {shapes[case]}" for case in cases]
+    return "\n".join(
+        [
+            f"{run.device}, {torch}, {run.date[:10]}, commit {run.commit}: medians of {rounds} "
+            f"interleaved rounds ([all figures](benchmarks/results/{name}.md)).{adapters}",
+            "",
+            f"| | {' | '.join(header)} |",
+            f"|---|{'---:|' * len(cases)}",
+            *lines,
+            "",
+        ]
+    )
+
+
+def line_of(row: Row) -> tuple[str, str] | None:
+    """Whether, and as which line, the table shows a row."""
+    own = row.candidate.split(",")[0]
+    whole = row.candidate in (own, f"{own}, out=") and own in BACKENDS
+    behind_slash = row.figure.removeprefix("time / ")
+    if whole and (row.figure in TIMES or behind_slash in FLOORS):
+        return row.candidate, row.figure
+    mixes = behind_slash in BACKENDS or behind_slash.endswith(", targets")
+    if mixes and row.candidate not in MOVES:
+        return row.candidate, row.figure
+    return None
+
+
+def rank(figure: str) -> int:
+    """What others take comes first, then what the floor takes, then times."""
+    if figure in TIMES:
+        return 2 + list(TIMES).index(figure)
+    return int(figure.removeprefix("time / ") in FLOORS)
+
+
+def label(candidate: str, figure: str) -> str:
+    if figure in TIMES:
+        return " ".join(filter(None, (code(candidate), TIMES[figure])))
+    other = figure.removeprefix("time / ")
+    return f"{code(candidate)} / {code(other)}"
+
+
+def code(candidate: str) -> str:
+    """A backend as code, what is said about it as words."""
+    name, _, given = candidate.partition(", ")
+    if name not in BACKENDS:
+        return candidate
+    return f"`{name}`" + {"": "", "out=": " with `out=`", "targets": " with targets"}[given]
+
+
+def shown(row: Row) -> str:
+    digits = 2 if row.unit == "x" else 3
+    value = float(f"{row.value:.{digits}g}")
+    decimals = max(0, digits - 1 - exponent(value))
+    return with_unit(f"{value:.{decimals}f}", row.unit)
+
+
+def exponent(value: float) -> int:
+    return int(f"{value:e}".partition("e")[2])
+
+
+def with_unit(number: str, unit: str) -> str:
+    return number + unit if unit == "x" else f"{number} {unit}".strip()
+
+
+if __name__ == "__main__":
+    main()

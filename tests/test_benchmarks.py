@@ -1,0 +1,516 @@
+"""The benchmarks run, count what they say they count, and back every figure of README.md."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sg_kernels
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # benchmarks is not installed
+
+from benchmarks import (  # noqa: E402
+    candidates,
+    cases,
+    check,
+    compare,
+    measure,
+    readme,
+    report,
+    results,
+    rivals,
+    step,
+)
+from benchmarks.measure import Timed  # noqa: E402
+from benchmarks.results import Row, Run  # noqa: E402
+
+RUN = Run("2026-01-02T03:04:05Z", "abc1234", "a machine", "1.2", "python 3.11; torch 2.13.0")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """A whole run on tiny shapes, in which one installed library does not import."""
+    directory = tmp_path_factory.mktemp("quick")
+    broken = directory / "broken" / "kornia" / "__init__.py"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("raise ImportError('planted')")
+    path = [str(broken.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-m", "benchmarks.compare", "--quick", "--results", str(directory)]
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return directory
+
+
+def test_a_run_measures_every_section(quick_run):
+    run, rows = results.read(next(quick_run.glob("*.csv")))
+    assert run.date
+    assert "torch " in run.versions
+    valued = {(row.case, row.figure) for row in rows if row.value is not None}
+    time = "device time" if torch.cuda.is_available() else "time"
+    for case in ("cifar", "imagenet", "batch=2", "channels=8", "grid=2", "augmentations=2"):
+        assert (case, time) in valued
+    assert ("cifar", "operators per call") in valued
+    assert ("tiny", "host time") in valued
+    assert ("tiny ResNet", "training step") in valued
+    assert not [row for row in rows if row.figure == "all"]  # no section failed
+
+
+def test_what_cannot_run_is_absent_with_the_reason_and_never_zero(quick_run):
+    _, rows = results.read(next(quick_run.glob("*.csv")))
+    kornia = [row for row in rows if row.candidate.startswith("kornia")]
+    assert kornia
+    assert all(row.value is None and row.note == "ImportError: planted" for row in kornia)
+    assert all(row.note for row in rows if row.value is None)
+    assert not [row for row in rows if row.unit in ("ms", "us", "x", "GB/s") and row.value == 0]
+    assert "ImportError: planted" in next(quick_run.glob("*.md")).read_text()
+
+
+def test_a_run_draws_its_plots(quick_run):
+    for picture in ("*[!h].png", "*-growth.png"):
+        assert next(quick_run.glob(picture)).stat().st_size > 10_000
+
+
+def test_a_check_accepts_what_its_calibration_measured(tmp_path, monkeypatch, capsys):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(check, "compiled", lambda device, quick: [candidates.EAGER])
+    measured = check.measure(device, True, 2)
+    assert {row.case for row in measured} == {"cifar", "imagenet"}
+    monkeypatch.setattr(check, "fresh_process", lambda rounds, quick: measured)
+    command = ["check", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--calibrate", "2"])
+    check.main()
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        check.main()
+    assert ended.value.code == 0
+    assert "FALLEN" not in capsys.readouterr().out
+
+
+def row(case="cifar", candidate="eager", figure="time", value=1.0, unit="ms", **more):
+    return Row(case, "1x1", candidate, figure, value, unit, **more)
+
+
+@pytest.mark.parametrize("augmentations", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_floor_is_what_its_copy_moves(augmentations, channels_last):
+    class Moved(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is torch.ops.aten.copy_.default
+            self.total += 2 * args[1].numel() * args[1].itemsize
+            return func(*args, **(kwargs or {}))
+
+    case = cases.Case(
+        "", (4, 3, 8, 8), (4, 16, 4, 4), augmentations=augmentations, channels_last=channels_last
+    )
+    floor = 4 * (4 * 16 * 4 * 4 + (1 + augmentations) * 4 * 3 * 8 * 8)
+    assert cases.floor_bytes(case) == floor
+    copy = candidates.copies()[0].build(case, cases.make_data(case, "cpu"))
+    with Moved() as moved:
+        copy()
+    assert moved.total == floor
+
+
+def test_the_floor_leaves_out_skipped_tokens():
+    case = cases.Case("", (2, 3, 8, 8), (2, 5, 7), token_grid=(2, 2), prefix_tokens=1)
+    assert cases.features_bytes(case) == 4 * 2 * 4 * 7
+
+
+def test_candidates_take_turns_in_an_order_that_changes():
+    calls = []
+    timed = {name: Timed(lambda name=name: calls.append(name)) for name in "abc"}
+    samples = measure.interleave(timed, 6, measure.wall, "", {})
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 6)
+    rounds = ["".join(calls[i : i + 3]) for i in range(6, len(calls), 3)]
+    assert {"".join(sorted(turn)) for turn in rounds} == {"abc"}
+    assert len(set(rounds)) >= 3
+    assert {turn[0] for turn in rounds} == set("abc")
+
+
+def test_a_candidate_that_fails_is_dropped_and_the_others_go_on():
+    def sometimes():
+        raise next(failures, None) or ZeroDivisionError("late")
+
+    failures = iter(())
+    fine, absent = Timed(lambda: None), {}
+    countdown = iter([None] * 5)
+
+    def fails_in_round_four():
+        next(countdown)
+
+    timed = {"fine": fine, "at once": Timed(sometimes), "late": Timed(fails_in_round_four)}
+    samples = measure.interleave(timed, 5, measure.wall, "", absent)
+    assert list(samples) == ["fine"]
+    assert absent["at once"] == "ZeroDivisionError: late"
+    assert absent["late"].startswith("StopIteration")
+
+
+def test_a_slow_candidate_sits_out_rounds_and_leaves_no_number_there():
+    clock = {"slow": 2 * measure.SLOW_NS, "quick": 1.0}
+    timed = {name: Timed(lambda: None, held=name) for name in clock}
+    samples = measure.interleave(timed, 28, lambda timed: clock[timed.held], "", {})
+    assert np.isfinite(samples["quick"]).all()
+    assert np.isfinite(samples["slow"]).sum() == 14
+    ratio = results.row_of("", "", "slow", "time / quick", samples["slow"] / samples["quick"], "x")
+    assert (ratio.value, ratio.rounds) == (2 * measure.SLOW_NS, 14)
+
+
+class FakeCuda:
+    """torch.cuda as far as the clocks use it, with a device clock that only kernels advance."""
+
+    def __init__(self, capture_fails=False):
+        self.now, self.log, self.capture_fails, self.capturing = 0.0, [], capture_fails, False
+        self.Event = lambda enable_timing: FakeEvent(self)
+        self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: self.launch("replay", 8e-3))
+        self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+        self.current_stream = self.Stream
+        self.stream = lambda stream: contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.capturing = True
+        yield
+        self.capturing = False
+        if self.capture_fails:
+            raise RuntimeError("capture failed")
+
+    def launch(self, name, milliseconds):
+        if not self.capturing:
+            self.log.append(name)
+            self.now += milliseconds
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(L2_cache_size=1 << 20)
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    def is_available(self):
+        return True
+
+    def set_sync_debug_mode(self, mode):
+        self.log.append(mode)
+
+    def reset_peak_memory_stats(self):
+        self.peak = 700
+
+    def memory_allocated(self):
+        self.allocated = 300 if hasattr(self, "allocated") else 100
+        return self.allocated
+
+    def max_memory_allocated(self):
+        return self.peak
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def record(self):
+        self.at = self.cuda.now
+        self.cuda.log.append("event")
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch, request):
+    fake = FakeCuda(**getattr(request, "param", {}))
+    monkeypatch.setattr(measure, "cuda", fake)
+    monkeypatch.setattr(step, "cuda", fake)
+    # What cools the L2 takes a millisecond.
+    monkeypatch.setattr(measure.DeviceClock, "fill", lambda self, n: fake.launch("fill", n))
+    return fake
+
+
+def copying(fake):
+    """copy_ as a kernel of a millisecond."""
+    copy = torch.Tensor.copy_
+
+    def launch(tensor, source):
+        fake.launch("copy", 1.0)
+        return copy(tensor, source)
+
+    return launch
+
+
+def test_device_time_is_that_of_a_replay_behind_a_full_queue(fake_cuda):
+    clock = measure.DeviceClock("cpu")
+    timed, words = clock.prepare([lambda: 1, lambda: 2], capturable=True)
+    assert (timed.calls, timed.held) == (8, [1, 2] * 4)
+    assert words == "graph of 8 calls on 2 sets of inputs"
+    fake_cuda.log.clear()
+    assert clock(timed) == pytest.approx(1000)  # 8 us a replay of 8 calls
+    assert fake_cuda.log == ["fill", "event", "replay", "event", "synchronize"]
+
+
+def test_the_inputs_of_a_graph_exceed_the_l2_three_times(fake_cuda):
+    clock = measure.DeviceClock("cpu")
+    for size in (1 << 16, 1 << 18, 1 << 20, 1 << 30):
+        sets = clock.sets(size)
+        assert sets * size >= 3 * clock.l2_bytes or sets == 32
+        assert sets >= 2
+
+
+@pytest.mark.parametrize("fake_cuda", [{"capture_fails": True}], indirect=True)
+def test_what_cannot_be_captured_is_timed_call_by_call_and_says_so(fake_cuda):
+    clock = measure.DeviceClock("cpu")
+    timed, words = clock.prepare([lambda: fake_cuda.launch("call", 2e-3)], capturable=True)
+    assert "RuntimeError: capture failed" in words
+    fake_cuda.log.clear()
+    assert clock(timed) == pytest.approx(2000)
+    assert fake_cuda.log == ["fill", "event", "call", "event", "synchronize"]
+    _, words = clock.prepare([lambda: None], capturable=True)
+    assert words.endswith("an earlier capture failed, RuntimeError: capture failed")
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_a_whole_run_under_the_device_clock(fake_cuda, monkeypatch):
+    """What a machine without a GPU can show of a run with one: every line but the kernels."""
+    chosen = [
+        *candidates.ours("cpp"),
+        candidates.EAGER,
+        *candidates.copies(),
+        candidates.two_launches(),
+    ]
+    monkeypatch.setattr(compare, "everything", lambda device, quick: chosen)
+    monkeypatch.setattr(compare, "measure_steps", lambda device, quick, rounds: [])
+    monkeypatch.setattr(measure.DeviceClock, "sets", lambda self, size: 2)
+    monkeypatch.setattr(torch.Tensor, "copy_", copying(fake_cuda))
+    sections = compare.measure_all("cpu", measure.DeviceClock("cpu"), quick=True, rounds=2)
+    rows = [row for section in sections for row in section]
+    assert not [row for row in rows if row.figure == "all"]  # no section failed
+    measured = {row.candidate for row in rows if row.figure == "device time"}
+    assert {candidate.name for candidate in chosen} == measured
+    assert results.find(rows, "cifar", candidates.EAGER.name, "time / cpp").value == 1.0
+    assert results.find(rows, "augmentations=2", "cpp", "time / n calls of one").value == 0.5
+    # 268 MB read and written in a millisecond, against 10 KB in one microsecond.
+    bandwidth = results.find(rows, "cifar", "a large copy_", "bandwidth").value
+    assert bandwidth == pytest.approx(2 * (1 << 28) / 1e6, rel=1e-4)
+    over = results.find(rows, "cifar", "cpp", results.OVER_FLOOR).value
+    assert over == pytest.approx(1000 / (10240 / bandwidth), rel=1e-4)
+    counted = {row.figure for row in rows if row.candidate == "cpp" and row.value is not None}
+    assert {"host time", "launches per call", "host syncs per call"} <= counted
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:called a synchronizing")
+def test_counters(fake_cuda):
+    x = torch.rand(4)
+    assert measure.count_operators(lambda: x.add(1).mul_(2)) == 2
+    assert measure.count_launches(lambda: x.add(1)) == 0
+    assert measure.device_memory_peak(lambda: x) == 700 - 100 - 200
+
+    def waits():
+        import warnings
+
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+    assert measure.count_syncs(waits) == 1
+    assert fake_cuda.log[-2:] == ["warn", "default"]
+
+
+def test_laps_on_the_device(fake_cuda):
+    laps = step.Laps("cuda", torch.ones(1))
+    for milliseconds in (3, 5, 0):
+        laps.mark()
+        fake_cuda.launch("kernel", milliseconds)
+    assert laps.read() == [3e6, 5e6]
+
+
+@pytest.mark.parametrize(("deep", "bottleneck"), [((1, 1), True), ((2, 2, 2, 2), False)])
+def test_the_network_is_a_resnet(deep, bottleneck):
+    model = step.ResNet(deep, 8, bottleneck, True, 5)
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 5)
+    side = 16 >> (len(deep) - 1)
+    assert model.features(torch.rand(2, 3, 64, 64)).shape[2:] == (side, side)
+
+
+def test_resnet_50_has_its_parameters():
+    with torch.device("meta"):
+        model = step.ResNet((3, 4, 6, 3), 64, True, True, 1000)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 25_557_032
+
+
+def test_attentive_cutmix_pastes_the_most_attended_cells():
+    images, labels = torch.arange(2.0)[:, None, None, None].expand(2, 3, 8, 8), torch.arange(2)
+    features = torch.zeros(2, 5, 4, 4)
+    features[:, :, 1, 2] = -9
+    for _ in range(20):
+        mixed, targets = rivals.attentive_cutmix(images, features, labels, 2, patches=1)
+        if not mixed.equal(images):
+            break
+    changed = (mixed != images).all(1)
+    assert changed.sum() == 2 * 4
+    assert changed[:, 2:4, 4:6].all()
+    torch.testing.assert_close(targets, torch.tensor([[15 / 16, 1 / 16], [1 / 16, 15 / 16]]))
+
+
+def test_saliencymix_centres_its_box_on_the_peak(monkeypatch):
+    monkeypatch.setattr(np.random, "beta", lambda a, b: 0.75)
+    images, labels = torch.arange(2.0)[:, None, None, None].expand(2, 3, 16, 16), torch.arange(2)
+
+    def saliency(image):
+        peak = np.zeros(image.shape[:2])
+        peak[6, 9] = 1
+        return peak
+
+    for _ in range(20):
+        mixed, targets = rivals.saliencymix(images, labels, 2, saliency)
+        if not mixed.equal(images):
+            break
+    changed = (mixed != images).all(1)
+    assert changed.sum() == 2 * 8 * 8
+    assert changed[:, 2:10, 5:13].all()
+    assert targets[0].tolist() == [0.75, 0.25]
+
+
+def test_the_saliency_that_stands_in_for_opencv_ranks_pixels_alike():
+    cv2 = pytest.importorskip("cv2")
+    if not hasattr(cv2, "saliency"):
+        pytest.skip("OpenCV without its contrib modules")
+    y, x = np.mgrid[:96, :96][..., None]
+    waves = 120 + 60 * np.sin(y / 7) + 60 * np.cos(x / (5, 9, 11))
+    image = waves.astype(np.uint8)
+    ours, theirs = rivals.fine_grained_saliency(image), rivals.opencv_saliency(image)
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.99
+
+
+def test_puzzlemix_keeps_what_is_salient():
+    pytest.importorskip("gco")
+    torch.manual_seed(0)
+    images, labels = torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)]), torch.arange(2)
+    saliency = torch.full((2, 4, 4), 1e-3)
+    saliency[0, :, :2] = 1
+    saliency[1, :, 2:] = 1
+    for _ in range(20):
+        mixed, targets = rivals.puzzlemix(images, saliency, labels, 2)
+        torch.testing.assert_close(targets.sum(1), torch.ones(2))
+        if not mixed.equal(images):
+            break
+    assert mixed[0, 0, :, :8].mean() <= mixed[0, 0, :, 8:].mean()
+    assert mixed[1, 0, :, :8].mean() <= mixed[1, 0, :, 8:].mean()
+
+
+def test_a_csv_gives_back_its_rows(tmp_path):
+    rows = [
+        row(value=0.123456, p20=0.1, p80=0.2, rounds=7, note="graph, of 8"),
+        results.absent("cifar", "1x1", "kornia", "time", 'no "module"'),
+    ]
+    results.write(tmp_path / "a.csv", RUN, rows)
+    assert results.read(tmp_path / "a.csv") == (RUN, rows)
+    assert results.find(rows, "cifar", "kornia", "time") is None
+
+
+def test_a_report_lists_ratios_first_and_what_is_absent():
+    rows = [
+        row(),
+        row(figure="time / cpp", value=7.48, unit="x"),
+        results.absent("cifar", "1x1", "kornia", "time", "not installed"),
+    ]
+    text = report.tables(RUN, rows)
+    assert text.index("7.48 x") < text.index("1 ms")
+    assert "| kornia | time | not installed | cifar |" in text
+
+
+README = """# it
+
+Needs 3 GB.
+
+## Performance
+
+<!-- benchmarks: m -->
+<!-- /benchmarks -->
+
+A call takes <!-- m | cifar | cpp | time -->0.0 ms<!-- / --> on 224x224.
+
+## Next
+
+In 5 ms.
+"""
+
+
+@pytest.fixture
+def committed(tmp_path):
+    rows = [
+        row(candidate="floor", figure="bytes", value=8, unit="B"),
+        row(candidate="eager reference", figure="time / cpp", value=7.48, unit="x", rounds=9),
+        row(candidate="cpp", value=1.0763),
+    ]
+    results.write(tmp_path / "m.csv", RUN, rows)
+    return tmp_path
+
+
+def test_readme_figures_come_from_their_rows(committed):
+    text = readme.rewritten(README, committed)
+    assert "| eager reference / `cpp` | 7.5x |" in text
+    assert "| `cpp` | 1.08 ms |" in text
+    assert "A call takes <!-- m | cifar | cpp | time -->1.1 ms<!-- / -->" in text
+    assert readme.problems(text, committed) == []
+    assert readme.rewritten(text, committed) == text
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("-->1.1 ms", "-->1.2 ms"),
+        ("-->1.1 ms", "-->1.1 us"),
+        ("| 7.5x |", "| 7.6x |"),
+        ("| cpp | time -->", "| triton | time -->"),
+        ("on 224x224.", "on 224x224, 3x faster."),
+        ("on 224x224.", "on 224x224, in 33 us."),
+    ],
+)
+def test_a_readme_figure_without_a_row_that_rounds_to_it_is_found(committed, right, wrong):
+    text = readme.rewritten(README, committed)
+    assert right in text
+    assert readme.problems(text.replace(right, wrong), committed) != []
+
+
+def test_readme_states_no_figure_that_the_results_do_not():
+    text = readme.README.read_text()
+    if "<!-- benchmarks: " not in text:
+        pytest.skip("README.md has no generated table yet")
+    assert readme.problems(text, results.RESULTS) == []
+
+
+def test_a_ratio_has_fallen_when_it_leaves_the_calibrated_range_by_more_than_its_width():
+    figure = "time / cpp"
+    runs = [[row(figure=figure, value=value, unit="x")] for value in (4.0, 5.0, 4.4)]
+    kept = check.calibration(runs)
+    assert [row.value for row in kept] == [4.4, 4.0, 5.0]
+    for value, accepted in ((9.0, True), (3.3, True), (3.1, False)):
+        fallen = check.verdicts(kept, [row(figure=figure, value=value, unit="x")])
+        assert (fallen == []) == accepted
+    assert check.verdicts(kept, []) != []
+
+
+def test_every_operator_is_benchmarked(capsys):
+    options = ["-k", "tiny", "--benchmark-disable", "-p", "no:cacheprovider"]
+    assert pytest.main([str(ROOT / "benchmarks" / "bench_ops.py"), *options]) == 0
+    operators, layouts = 9, 2
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    devices = [sg_kernels.backends.DEVICES[name] for name in sg_kernels.available_backends()]
+    passed = operators * layouts * sum(device in those for those in devices)
+    assert f"{passed} passed" in capsys.readouterr().out

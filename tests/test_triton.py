@@ -1,0 +1,229 @@
+"""The Triton backend's launches: how many, of what, compiled how often. No GPU is needed."""
+
+import itertools
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from sg_kernels import backends
+from sg_kernels.kernels import launch, operators, table
+
+needs_compiler = pytest.mark.skipif(backends.INTERPRETED, reason="interpreted kernels have no key")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What is launched, instead of launching it."""
+    launches = []
+
+    def record(function, programs, num_warps, arguments, *constants):
+        launches.append((function, programs, num_warps, arguments, constants))
+
+    monkeypatch.setattr(operators, "launch", record)
+    return launches
+
+
+def meta(*shape, dtype=torch.float32, channels_last=False):
+    """A tensor without values: whoever reads one on the host fails."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+
+
+def saliency_graft(images, **given):
+    batch = len(images)
+    arguments = {
+        "features": meta(batch, 64, 7, 7),
+        "saliency": None,
+        "index": None,
+        "targets": None,
+        "seed": meta(1, dtype=torch.int64),
+        "step": meta(1, dtype=torch.int64),
+        "rank": 0,
+        "quantiles": meta(1025, dtype=torch.int64),
+        "grid_size": (7, 7),
+        "temperature": 0.2,
+        "normalize": "max",
+        "threshold": 1 / 49,
+        "k": None,
+        "norm": "l1",
+        "prob": 1.0,
+        "augmentations": 1,
+        "no_fixed_points": False,
+        "num_classes": 0,
+        "label_smoothing": 0.0,
+    } | given
+    return operators.saliency_graft(images, *arguments.values())
+
+
+OPTIONS = [
+    {},
+    {"grid_size": (4, 5)},
+    {"grid_size": (14, 14)},
+    {"k": 5},
+    {"threshold": 0.5},
+    {"normalize": "mean"},
+    {"normalize": "none"},
+    *({"norm": norm} for norm in ("l2", "l2sq", "area")),
+    {"augmentations": 3},
+    {"no_fixed_points": True},
+    {"index": meta(8, dtype=torch.int64)},
+    {"prob": 0.5},
+    {"targets": meta(8, dtype=torch.int64), "num_classes": 5000, "label_smoothing": 0.1},
+    {"targets": meta(8, 1000), "num_classes": 1000},
+    {"features": None, "saliency": meta(8, 7, 7)},
+    {"features": None, "saliency": meta(8, 224, 224)},
+    {"features": meta(8, 64, 14, 14, dtype=torch.bfloat16, channels_last=True)},
+    {"features": meta(8, 64, 9, 9)[:, :, 1:-1, 2:]},
+    {"step": None},
+]
+
+
+@pytest.mark.parametrize("given", OPTIONS, ids=lambda given: ",".join(given) or "plain")
+@pytest.mark.parametrize("batch", [8])
+def test_every_option_takes_two_launches_and_reads_nothing_on_the_host(launched, given, batch):
+    saliency_graft(meta(batch, 3, 64, 64), **given)
+    assert len(launched) == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"features": meta(8, 64, 56, 56), "grid_size": (3, 3)},  # each cell the sum of 400 values
+        {"features": meta(8, 64, 56, 56), "grid_size": (56, 56)},  # 3136 cells
+    ],
+    ids=["large windows", "fine grid"],
+)
+def test_what_would_be_dear_in_every_program_takes_a_third_launch(launched, given):
+    saliency_graft(meta(8, 3, 64, 64), **given)
+    assert len(launched) == 3
+
+
+def test_the_gradient_takes_one_launch(launched):
+    grad, mask = meta(24, 3, 64, 64), meta(24, 7, 7, dtype=torch.bool)
+    operators.graft_backward(grad, mask, meta(24, dtype=torch.int64), 3)
+    assert len(launched) == 1
+
+
+def odd_shapes():
+    """Twenty-four batches that no two networks share."""
+    sizes = [(3, 33, 31), (1, 28, 28), (3, 64, 48), (4, 17, 90), (3, 299, 299), (3, 224, 224)]
+    maps = [(5, 3, 3), (640, 8, 8), (99, 7, 5), (2048, 7, 7)]
+    for (channels, height, width), (k, h, w) in itertools.product(sizes, maps):
+        yield (channels + k) % 61 + 1, (channels, height, width), (k, h, w)
+
+
+def keys(launched):
+    return {
+        (function, warps, constants, tuple(argument is None for argument in arguments))
+        for function, _, warps, arguments, constants in launched
+    }
+
+
+def test_few_kernels_are_compiled_for_many_shapes(launched):
+    for batch, image, features in odd_shapes():
+        grid = min(features[1], image[1]), min(features[2], image[2])
+        saliency_graft(meta(batch, *image), features=meta(batch, *features), grid_size=grid)
+    assert len(launched) == 48
+    first = {key for key in keys(launched) if key[0] is operators.saliency_kernel}
+    assert len(first) <= 4  # one for each map
+    assert len(keys(launched) - first) <= 16
+
+
+@needs_compiler
+def test_what_is_compiled_once_is_what_triton_would_compile_once(launched):
+    """Triton's own key never differs where ours does not: sizes of 1 and 16, addresses, dtypes."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    seen = {}
+    for batch, side, dtype, offset in itertools.product(
+        (1, 2, 16, 33), (16, 32, 48), (torch.uint8, torch.float32), (0, 1)
+    ):
+        launched.clear()
+        memory = torch.empty(batch * 3 * side * side + offset, dtype=dtype)
+        images = memory[offset:].view(batch, 3, side, side)
+        features = torch.empty(batch * 16 * 8 * 8 + offset)[offset:].view(batch, 16, 8, 8)
+        given = {
+            "features": features,
+            "seed": torch.zeros(1, dtype=torch.int64),
+            "step": torch.zeros(1, dtype=torch.int64),
+            "quantiles": torch.zeros(1025, dtype=torch.int64),
+            "grid_size": (8, 8),
+            "targets": torch.zeros(batch, dtype=torch.int64),
+            "num_classes": batch,
+        }
+        saliency_graft(images, **given)
+        for function, _, _, arguments, constants in launched:
+            bind = create_function_from_signature(function.signature, function.params, backend)
+            _, triton_key, _ = bind(*arguments, *constants, debug=False)
+            absent = tuple(argument is None for argument in arguments)
+            ours = function, constants, absent
+            assert seen.setdefault(ours, str(triton_key)) == str(triton_key)
+
+
+@needs_compiler
+def test_a_second_launch_goes_straight_to_the_compiled_kernel(monkeypatch):
+    calls = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                calls.append((self, grid, arguments))
+                return compiled
+
+            return run
+
+    kernel, compiled = Kernel(), Kernel()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "_compiled", {})
+    for programs in (5, 6):
+        launch.launch(kernel, programs, 4, (1, None), True)
+    launch.launch(kernel, 5, 4, (1, 2), True)
+    assert calls == [
+        (kernel, (5,), (1, None, True)),
+        (compiled, (6, 1, 1), (1, None, True)),
+        (kernel, (5,), (1, 2, True)),
+    ]
+
+
+def test_launch_1_has_as_many_programs_for_small_batches_as_for_large(launched):
+    programs = {}
+    for batch in (32, 64, 128, 256, 512):
+        launched.clear()
+        operators.channel_saliency(meta(batch, 2048, 7, 7, dtype=torch.bfloat16))
+        programs[batch] = launched[0][1]
+    assert min(programs.values()) >= table.PROGRAMS_1 / 2
+
+
+def test_partial_sums_stay_small(launched):
+    for batch, k, side in itertools.product((1, 7, 64, 513), (64, 768, 2048), (1, 7, 8, 14, 32)):
+        launched.clear()
+        operators.channel_saliency(meta(batch, k, side, side))
+        partials = launched[0][3][1]
+        assert partials.nbytes <= max(1 << 20, batch * side * side * 4)
+
+
+def test_the_masks_worked_out_again_stay_few(launched):
+    for batch in (1, 32, 256, 4096):
+        launched.clear()
+        saliency_graft(meta(batch, 3, 224, 224), features=meta(batch, 2048, 7, 7))
+        assert launched[1][1] <= max(batch, table.PROGRAMS_2 + batch)
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("address", [0, 1, 2, 4, 8, 24])
+def test_a_chunk_begins_and_ends_on_its_own_multiples(itemsize, address):
+    aligned = table.alignment(address * itemsize)
+    for length in (1, 3, 6, 8, 20, 64):
+        chunk = table.widest_chunk(itemsize, aligned, length)
+        assert chunk <= max(16, itemsize)
+        assert chunk == itemsize or (address * itemsize % chunk == length * itemsize % chunk == 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 13, 56])
+def test_no_window_is_larger_than_its_bound(size):
+    for grid in range(1, size + 1):
+        windows = [-(-(g + 1) * size // grid) - g * size // grid for g in range(grid)]
+        assert max(windows) <= table.window(size, grid)
+    assert table.window(size, size + 1) == 1
