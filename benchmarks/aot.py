@@ -49,7 +49,7 @@ class Launch(NamedTuple):
     name: str
     function: Any
     programs: int
-    num_warps: int
+    threads: int
     arguments: tuple[Any, ...]
     constants: tuple[Any, ...]
     bytes: int
@@ -75,10 +75,8 @@ def launches_of(operator: Callable[..., Any], *args: Any) -> list[tuple[Any, ...
     """What an operator would launch; its tensors need no memory."""
     recorded: list[tuple[Any, ...]] = []
 
-    def record(
-        function: Any, programs: int, num_warps: int, arguments: Any, *constants: Any
-    ) -> None:
-        recorded.append((function, programs, num_warps, arguments, constants))
+    def record(function: Any, programs: int, threads: int, arguments: Any, *constants: Any) -> None:
+        recorded.append((function, programs, threads, arguments, constants))
 
     with mock.patch.object(operators, "launch", record):
         operator(*args)
@@ -197,7 +195,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
     return triton.compile(
         ASTSource(launch.function, signature, constexprs=constants),
         target=TARGETS[target],
-        options={"num_warps": launch.num_warps, **OPTIONS},
+        options={"num_warps": launch.threads // TARGETS[target].warp_size, **OPTIONS},
     )
 
 
@@ -243,7 +241,7 @@ def read_amdgcn(kernel: Any) -> Compiled:
     wide_loads = widths["load"].count(16)
     return Compiled(
         note("vgpr_count"),
-        note("vgpr_spill_count") + note("sgpr_spill_count"),
+        note("vgpr_spill_count"),  # scalar registers spill to vector registers, not to memory
         kernel.metadata.shared,
         max(widths["load"], default=0),
         max(widths["store"], default=0),

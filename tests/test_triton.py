@@ -1,15 +1,19 @@
 """The Triton backend's launches: how many, of what, compiled how often. No GPU is needed."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from sg_kernels import backends
 from sg_kernels.kernels import launch, operators, table
+
+HOPPER = GPUTarget("cuda", 90, 32)
 
 needs_compiler = pytest.mark.skipif(backends.INTERPRETED, reason="interpreted kernels have no key")
 
@@ -19,8 +23,8 @@ def launched(monkeypatch):
     """What is launched, instead of launching it."""
     launches = []
 
-    def record(function, programs, num_warps, arguments, *constants):
-        launches.append((function, programs, num_warps, arguments, constants))
+    def record(function, programs, threads, arguments, *constants):
+        launches.append((function, programs, threads, arguments, constants))
 
     monkeypatch.setattr(operators, "launch", record)
     return launches
@@ -117,8 +121,8 @@ def odd_shapes():
 
 def keys(launched):
     return {
-        (function, warps, constants, tuple(argument is None for argument in arguments))
-        for function, _, warps, arguments, constants in launched
+        (function, threads, constants, tuple(argument is None for argument in arguments))
+        for function, _, threads, arguments, constants in launched
     }
 
 
@@ -135,7 +139,7 @@ def test_few_kernels_are_compiled_for_many_shapes(launched):
 @needs_compiler
 def test_what_is_compiled_once_is_what_triton_would_compile_once(launched):
     """Triton's own key never differs where ours does not: sizes of 1 and 16, addresses, dtypes."""
-    backend = make_backend(GPUTarget("cuda", 90, 32))
+    backend = make_backend(HOPPER)
     seen = {}
     for batch, side, dtype, offset in itertools.product(
         (1, 2, 16, 33), (16, 32, 48), (torch.uint8, torch.float32), (0, 1)
@@ -175,11 +179,13 @@ def test_a_second_launch_goes_straight_to_the_compiled_kernel(monkeypatch):
             return run
 
     kernel, compiled = Kernel(), Kernel()
+    target = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: HOPPER))
+    monkeypatch.setattr(triton.runtime, "driver", target)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "_compiled", {})
     for programs in (5, 6):
-        launch.launch(kernel, programs, 4, (1, None), True)
-    launch.launch(kernel, 5, 4, (1, 2), True)
+        launch.launch(kernel, programs, 128, (1, None), True)
+    launch.launch(kernel, 5, 128, (1, 2), True)
     assert calls == [
         (kernel, (5,), (1, None, True)),
         (compiled, (6, 1, 1), (1, None, True)),

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from sg_kernels.kernels import cells
-from sg_kernels.kernels.launch import chunks_of, kernel
+from sg_kernels.kernels.chunks import chunks_of, load_chunks, store_chunks
+from sg_kernels.kernels.launch import kernel
 
-COLUMNS = tl.constexpr(1024)
+COLUMNS = tl.constexpr(256)
 """Of so many classes a program mixes the targets at once."""
 SCAN = tl.constexpr(1024)
 """So many entries of the index a program of the gradient searches at once."""
@@ -81,10 +82,7 @@ def load_taken(pointer, offset, inside, taken, UNIFORM: tl.constexpr, LANES: tl.
     """The chunks that are ``inside`` and of which any lane is ``taken``; zeros elsewhere."""
     if not UNIFORM:
         taken = tl.max(taken.to(tl.int32), axis=2) != 0
-    needed = (inside & taken)[:, :, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    address = pointer + (offset[:, :, None] * LANES + lane)
-    return tl.load(address, mask=tl.broadcast_to(needed, address.shape), other=0)
+    return load_chunks(pointer, offset, inside & taken, LANES)
 
 
 @triton.jit
@@ -105,19 +103,12 @@ def copy_tile(
     if UNIFORM:
         # The address is chosen, not the value: one access a chunk.
         offset = tl.where(from_own, own_offset, other_offset)
-        value = load_taken(images, offset, inside, inside, UNIFORM, LANES)
+        value = load_chunks(images, offset, inside, LANES)
     else:
         own = load_taken(images, own_offset, inside, from_own, UNIFORM, LANES)
         other = load_taken(images, other_offset, inside, ~from_own, UNIFORM, LANES)
         value = tl.where(from_own, own, other)
     store_chunks(out, out_offset, inside, value, LANES)
-
-
-@triton.jit
-def store_chunks(pointer, offset, inside, value, LANES: tl.constexpr):
-    lane = tl.arange(0, LANES)[None, None, :]
-    address = pointer + (offset[:, :, None] * LANES + lane)
-    tl.store(address, value, mask=tl.broadcast_to(inside[:, :, None], address.shape))
 
 
 @triton.jit
@@ -195,9 +186,9 @@ def saliency_graft_kernel(
     that happens without GRAFTS.
     """
     program = tl.program_id(0)
-    row = (program // parts).to(tl.int64)
-    part = program % parts
-    draw, own = (row // batch).to(tl.int32), row % batch
+    row, part = program // parts, program % parts
+    draw, own = row // batch, (row % batch).to(tl.int64)
+    row = row.to(tl.int64)
     if step is not None and program == 0:
         tl.store(step, tl.load(step) + 1)
 
@@ -329,10 +320,11 @@ def graft_kernel(
 ):
     """The graft of a mask that lies in memory; a program per (row, tile)."""
     program = tl.program_id(0)
-    row = (program // tiles).to(tl.int64)
-    own = row % batch
+    row, tile = program // tiles, program % tiles
+    own = (row % batch).to(tl.int64)
+    row = row.to(tl.int64)
     other, _ = destination_of(index, row, own, batch)
-    line, chunk = tile_position(program % tiles, tiles_across, LINES, CHUNKS)
+    line, chunk = tile_position(tile, tiles_across, LINES, CHUNKS)
     chunk_cell = tile_cells(
         line, chunk, channels, height, width, gh, gw, chunk_elements, UNIFORM, CHANNELS_LAST, LANES
     )
@@ -471,11 +463,12 @@ def mix_targets_kernel(
 ):
     """Stage 8 alone; a program per (row, tile of COLUMNS)."""
     program = tl.program_id(0)
-    row = (program // tiles).to(tl.int64)
-    own = row % batch
+    row, tile = program // tiles, program % tiles
+    own = (row % batch).to(tl.int64)
+    row = row.to(tl.int64)
     other, known = destination_of(index, row, own, batch)
     if TARGETS == "ids":
         known = known & cells.class_ids_known(targets, own, other, num_classes)
     lam = tl.where(known, tl.load(weights + row), float("nan"))
-    column = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
     cells.mix_targets(targets, mixed, row, own, other, lam, column, num_classes, smoothing, TARGETS)

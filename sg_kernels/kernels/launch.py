@@ -32,27 +32,18 @@ def kernel(function: Callable[..., None]) -> Any:
     return triton.jit(function, do_not_specialize=runtime, do_not_specialize_on_alignment=runtime)
 
 
-@triton.jit
-def chunks_of(pointer: Any, element: tl.constexpr, LANES: tl.constexpr) -> Any:
-    """Bytes as elements, known to be aligned to LANES of them.
-
-    What is known is a note on the cast, so the pointer must not be of that type already.
-    """
-    elements = pointer.to(tl.pointer_type(element), bitcast=True)
-    return tl.multiple_of(elements, LANES * element.primitive_bitwidth // 8)
-
-
 def launch(
-    function: Any, programs: int, num_warps: int, arguments: tuple[Any, ...], *constants: Any
+    function: Any, programs: int, threads: int, arguments: tuple[Any, ...], *constants: Any
 ) -> None:
-    """Runs ``programs`` programs of a :func:`kernel` on the current device and stream."""
+    """Runs ``programs`` of a :func:`kernel`, on the current device and stream."""
     if INTERPRETED:
         function[programs,](*arguments, *constants)
         return
     absent = tuple([argument is None for argument in arguments])
-    key = (function, torch.cuda.current_device(), num_warps, constants, absent)
+    key = (function, torch.cuda.current_device(), threads, constants, absent)
     compiled = _compiled.get(key)
     if compiled is None:
+        num_warps = threads // triton.runtime.driver.active.get_current_target().warp_size
         _compiled[key] = function[programs,](*arguments, *constants, num_warps=num_warps, **OPTIONS)
     else:
         # Triton's own way takes 5 us longer: it works out the same key from every argument.

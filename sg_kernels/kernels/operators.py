@@ -98,7 +98,7 @@ def channel_saliency(features: Tensor) -> Tensor:
         launch(
             saliency_kernel,
             batch * plan.splits * plan.tiles,
-            table.WARPS,
+            table.THREADS,
             (
                 reinterpret(features, BYTES),
                 partials,
@@ -143,7 +143,7 @@ def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
         launch(
             graft_kernel,
             out.shape[0] * tile.tiles,
-            table.WARPS,
+            table.THREADS,
             (
                 reinterpret(images, BYTES),
                 reinterpret(out, BYTES),
@@ -184,7 +184,7 @@ def _graft_backward(grad: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> N
         launch(
             graft_backward_kernel,
             out.shape[0] * tile.tiles,
-            table.WARPS,
+            table.THREADS,
             (
                 reinterpret(grad, BYTES),
                 reinterpret(out, BYTES),
@@ -218,7 +218,7 @@ def mix_targets(
         launch(
             mix_targets_kernel,
             rows * tiles,
-            table.WARPS,
+            table.THREADS,
             (
                 targets.contiguous(),
                 lam.contiguous(),
@@ -305,7 +305,7 @@ def _saliency_graft_out(
         launch(
             saliency_kernel,
             pairing_programs + batch * plan.splits * plan.tiles,
-            table.WARPS,
+            table.THREADS,
             (
                 reinterpret(source, BYTES),
                 partials,
@@ -349,7 +349,7 @@ def _saliency_graft_out(
         launch(
             saliency_graft_kernel,
             rows * parts,
-            cells.num_warps,
+            cells.threads,
             (
                 reinterpret(images, BYTES),
                 reinterpret(out, BYTES),

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from sg_kernels.kernels import cells, philox
-from sg_kernels.kernels.launch import chunks_of, kernel
+from sg_kernels.kernels.chunks import chunks_of, load_chunks
+from sg_kernels.kernels.launch import kernel
 
 SAMPLES = tl.constexpr(8)
 """Of how many samples a program draws the pairing."""
@@ -59,7 +60,7 @@ def sum_planes(
             row = start + part * ROWS + tl.arange(0, ROWS)
             inside = (row < last)[:, None] & (chunk * LANES < PLANES * map_cells)[None, :]
             offset = row.to(tl.int64)[:, None] * row_stride + chunk_offset[None, :]
-            value = load_chunks(features, offset, inside, ROWS, CHUNKS, LANES)
+            value = load_chunks(features, offset, inside, LANES)
             total += tl.abs(value).to(tl.float32)
     sums = tl.reshape(tl.sum(total, axis=0), [COLUMNS])
     column = tl.arange(0, COLUMNS)
@@ -95,20 +96,10 @@ def sum_channels(
             chunk = start + part * CHUNKS + tl.arange(0, CHUNKS)
             inside = (cell < map_cells)[:, None] & (chunk < last)[None, :]
             offset = pixel[:, None] + chunk[None, :]
-            value = load_chunks(features, offset, inside, ROWS, CHUNKS, LANES)
+            value = load_chunks(features, offset, inside, LANES)
             total += tl.abs(value).to(tl.float32)
     sums = tl.sum(tl.sum(total, axis=2), axis=1)
     tl.store(partial + cell, sums, mask=cell < map_cells)
-
-
-@triton.jit
-def load_chunks(
-    features, offset, inside, ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr
-):
-    lane = tl.arange(0, LANES)[None, None, :]
-    # Masked by whole chunks, so that a chunk is one access.
-    inside = tl.broadcast_to(inside[:, :, None], [ROWS, CHUNKS, LANES])
-    return tl.load(features + (offset[:, :, None] * LANES + lane), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -198,10 +189,9 @@ def saliency_kernel(
                 tl.store(call_seed, key)
             draw_pairing(program, batch, given_index, index, key, NO_FIXED_POINTS)
     else:
-        task = (program - pairing_programs).to(tl.int64)
-        tile = (task % tiles).to(tl.int32)
-        split = (task // tiles % splits).to(tl.int32)
-        sample = task // tiles // splits
+        task = program - pairing_programs
+        tile, split = task % tiles, task // tiles % splits
+        sample = (task // tiles // splits).to(tl.int64)
         if LAYOUT == "given":
             check_map(
                 chunks_of(source, ELEMENT, 1),

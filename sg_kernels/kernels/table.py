@@ -21,7 +21,7 @@ MAX_TERMS_IN_LAUNCH_2 = 64
 MAX_CELLS = 4096
 """Up to so many one program holds; finer grids, as of 65 x 64, run on the reference."""
 
-WARPS = 4
+THREADS = 128
 """Of a program, unless it holds more cells than MAX_CELLS_IN_LAUNCH_2."""
 PROGRAMS_1 = 1024
 """Launch 1 is split until it has so many, about 8 for each multiprocessor of a large device."""
@@ -76,7 +76,7 @@ class Cells(NamedTuple):
 
     cells: int
     terms: int
-    num_warps: int
+    threads: int
 
 
 def alignment(*addresses: int) -> int:
@@ -120,13 +120,13 @@ def saliency(
     sample_stride, channel_stride, y_stride, x_stride = (
         stride if size > 1 else 0 for stride, size in zip(strides, shape)
     )
-    map_cells, threads = h * w, 128
+    map_cells = h * w
     if channel_stride == 1:
         chunk = widest_chunk(itemsize, aligned, channels, sample_stride, y_stride, x_stride)
         layout, planes, lanes = "channels_last", 1, chunk // itemsize
         row_count = channels // lanes
         chunks = min(next_power_of_2(max(1, row_count)), 32)
-        rows = threads // chunks
+        rows = THREADS // chunks
         tiles, block = cdiv(map_cells, rows), chunks
     else:
         dense = (
@@ -148,8 +148,8 @@ def saliency(
         row_count = channels // planes
         chunks = next_power_of_2(planes * map_cells // lanes)
         if planes == 1:
-            chunks = min(chunks, threads)
-        rows = max(1, threads // chunks)
+            chunks = min(chunks, THREADS)
+        rows = max(1, THREADS // chunks)
         tiles, block = cdiv(planes * map_cells // lanes, chunks), rows
     unroll = 8 if row_count > 4 * block else 4
     return Saliency(
@@ -194,7 +194,7 @@ def tile(
     if channels_last:
         line_count, line = height, width * channels
         strided = any(s[1] != 1 or s[3] != channels for s in (strides, out_strides))
-        pitches = (strides[0], strides[2], out_strides[0], out_strides[2])
+        pitches: tuple[int, ...] = (strides[0], strides[2], out_strides[0], out_strides[2])
     else:
         line_count, line = channels * height, width
         strided = width > 1 and not strides[3] == out_strides[3] == 1
@@ -209,8 +209,8 @@ def tile(
     unit_bytes = itemsize if whole_elements or not uniform else min(chunk, 4)
     lanes = chunk // unit_bytes
 
-    # 8 accesses in flight for each of 128 threads, fewer where lanes take a register each.
-    size = 1024 if unit_bytes >= 4 or lanes == 1 else 4096 // lanes
+    # 4 accesses in flight for each of 128 threads, fewer where lanes take a register each.
+    size = 512 if unit_bytes >= 4 or lanes == 1 else 2048 // lanes
     chunks = min(next_power_of_2(max(1, chunk_count)), 256)
     lines = min(size // chunks, next_power_of_2(max(1, line_count)))
     while lines > 1 and lines * chunks > 256 and rows * cdiv(line_count, lines) < MIN_PROGRAMS:
@@ -238,5 +238,5 @@ def cells(grid_cells: int, terms: int) -> Cells:
     block = next_power_of_2(grid_cells)
     if block <= MAX_CELLS_IN_LAUNCH_2:
         block = 64 if block <= 64 else 256 if block <= 256 else 1024
-    at_once = 1 if terms == 1 else max(1, 1024 // block)
-    return Cells(block, at_once, WARPS if block <= MAX_CELLS_IN_LAUNCH_2 else 32)
+    at_once = 1 if terms == 1 else max(1, min(8, 1024 // block))
+    return Cells(block, at_once, THREADS if block <= MAX_CELLS_IN_LAUNCH_2 else 1024)

@@ -1,0 +1,33 @@
+"""How images and features are read and written: chunks of LANES elements, one access each."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def chunks_of(pointer, element: tl.constexpr, LANES: tl.constexpr):
+    """Bytes as elements, known to be aligned to LANES of them.
+
+    What is known is a note on the cast, so the pointer must not be of that type already.
+    """
+    elements = pointer.to(tl.pointer_type(element), bitcast=True)
+    return tl.multiple_of(elements, LANES * element.primitive_bitwidth // 8)
+
+
+@triton.jit
+def addresses(pointer, offset, LANES: tl.constexpr):
+    return pointer + (offset[:, :, None] * LANES + tl.arange(0, LANES)[None, None, :])
+
+
+@triton.jit
+def load_chunks(pointer, offset, wanted, LANES: tl.constexpr):
+    """The chunks at ``offset``, (rows, chunks), with their LANES; zeros where not ``wanted``."""
+    address = addresses(pointer, offset, LANES)
+    # Masked by whole chunks, so that a chunk stays one access.
+    return tl.load(address, mask=tl.broadcast_to(wanted[:, :, None], address.shape), other=0)
+
+
+@triton.jit
+def store_chunks(pointer, offset, wanted, value, LANES: tl.constexpr):
+    address = addresses(pointer, offset, LANES)
+    tl.store(address, value, mask=tl.broadcast_to(wanted[:, :, None], address.shape))
