@@ -1,6 +1,8 @@
 PYTHON ?= python3
 # What development happens on; the package itself runs on every torch >= 2.10.
 TORCH ?= 2.13.0
+# Of each test, so many cases run in Triton's interpreter; 0 for all.
+CASES ?= 3
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -10,17 +12,36 @@ PEERS := $(VENV)/peers.stamp
 CSRC := $(shell find csrc -type f)
 NATIVE := setup.py $(CSRC)
 
-.PHONY: help demo test lint sanitize build bench compare bench-check bench-calibrate clean
+.PHONY: help demo test test-compiled test-interpreted test-triton-3.6 lint sanitize aot build bench compare \
+	bench-check bench-calibrate clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
+	@sed -n 's/^\([a-z0-9.-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
 demo: $(STAMP) ## trains with and without grafting, compares the backends, draws benchmarks/results/demo.png
 	$(RUN) benchmarks/demo.py
 
-test: $(STAMP) ## the test suite
+test: $(STAMP) ## the test suite; the Triton kernels interpreted, in a process of their own
+	$(MAKE) --jobs 2 --output-sync test-compiled test-interpreted
+
+test-compiled: $(STAMP)
 	$(RUN) -m pytest
+
+# Of what takes the interpreter seconds a case, a few; what is drawn is tested on the compiled backends.
+INTERPRETED := -k triton -m "not slow" --cases $(CASES) \
+	--ignore tests/test_triton.py --ignore tests/test_distribution.py --ignore tests/test_benchmarks.py
+
+test-interpreted: $(STAMP)
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(INTERPRETED)
+
+test-triton-3.6: $(STAMP) ## the Triton backend on the oldest Triton it supports
+	$(RUN) -m pip install --quiet --upgrade --no-deps --target build/triton-3.6 triton==3.6.0 "numpy<2.4"
+	PYTHONPATH=build/triton-3.6 $(RUN) -m pytest tests/test_triton.py
+	TRITON_INTERPRET=1 PYTHONPATH=build/triton-3.6 $(RUN) -m pytest $(INTERPRETED)
+
+aot: $(STAMP) ## compiles every Triton kernel for five GPUs: registers, spills, width of each access
+	$(RUN) -m benchmarks.aot
 
 # The library is loaded into an interpreter that was not built with ASan, which therefore goes first.
 sanitize: $(STAMP) ## the test suite on a build with ASan and UBSan

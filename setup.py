@@ -18,10 +18,14 @@ CPU = Extension(
         "csrc/cpu/cells.cpp",
         "csrc/cpu/graft.cpp",
     ],
-    depends=["csrc/philox.h", "csrc/graft.h", "csrc/cpu/kernels.h"],
+    depends=["csrc/philox.h", "csrc/graft.h", "csrc/kernels.h", "csrc/cpu/cells.h"],
     library_dirs=cpp_extension.library_paths(),
     libraries=["torch", "torch_cpu", "c10"],
-    define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+    define_macros=[
+        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+        ("SG_KERNELS_BACKEND", '"cpp"'),
+        ("SG_KERNELS_DEVICE", "CPU"),
+    ],
     extra_compile_args=[
         *(f"-isystem{path}" for path in cpp_extension.include_paths()),
         "-std=c++17",

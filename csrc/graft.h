@@ -11,6 +11,15 @@ namespace sg_kernels {
 enum class Normalize { kMax, kMean, kNone };
 enum class Norm { kL1, kL2, kL2Squared, kArea };
 
+struct Grid {
+  std::int64_t height, width;
+  SG_HOST_DEVICE std::int64_t cells() const { return height * width; }
+};
+
+SG_HOST_DEVICE inline bool in_range(std::int64_t value, std::int64_t size) {
+  return value >= 0 && value < size;
+}
+
 struct Window {
   std::int64_t begin, end;
 };
@@ -29,11 +38,15 @@ SG_HOST_DEVICE inline std::int64_t first_pixel(
   return (cell * size + grid - 1) / grid;
 }
 
+// The value of cell (cy, cx) of the grid `to`, from a map whose value i is map(i).
+template <class Map>
 SG_HOST_DEVICE inline float resample(
-    const float* map, std::int64_t width, Window rows, Window columns) {
+    const Map& map, Grid from, Grid to, std::int64_t cy, std::int64_t cx) {
+  const Window rows = window(cy, from.height, to.height);
+  const Window columns = window(cx, from.width, to.width);
   float sum = 0.0f;
   for (std::int64_t y = rows.begin; y < rows.end; ++y)
-    for (std::int64_t x = columns.begin; x < columns.end; ++x) sum += map[y * width + x];
+    for (std::int64_t x = columns.begin; x < columns.end; ++x) sum += map(y * from.width + x);
   return sum / static_cast<float>((rows.end - rows.begin) * (columns.end - columns.begin));
 }
 

@@ -1,54 +1,51 @@
-// The cpp backend's operators on the LibTorch stable ABI. Their schemas stand in sg_kernels/ops.py.
+// The operators on the LibTorch stable ABI; their schemas stand in sg_kernels/ops.py. Compiled once
+// for each backend, SG_KERNELS_BACKEND, whose tensors are on SG_KERNELS_DEVICE.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifdef __linux__
+#if defined(__linux__) && !defined(USE_CUDA)
 #include <sys/mman.h>
 #endif
 
-#include <limits>
-#include <memory>
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "kernels.h"
 
 namespace sg_kernels::ops {
 namespace {
 
-using cpu::Batch;
-using cpu::Float;
-using cpu::Grid;
-using cpu::Sampling;
-using cpu::Selection;
-using cpu::Targets;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<std::int64_t>;
 
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-Tensor empty_strided(const Sizes& sizes, const Sizes& strides, std::int32_t dtype) {
+// A fresh tensor on the device of `like`.
+Tensor empty_strided(
+    const Tensor& like, const Sizes& sizes, const Sizes& strides, std::int32_t dtype) {
+  std::int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-      aoti_torch_device_type_cpu(), 0, &handle));
+      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type,
+      like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
-Tensor empty(const Sizes& sizes, std::int32_t dtype) {
+Tensor empty(const Tensor& like, const Sizes& sizes, std::int32_t dtype) {
   Sizes strides(sizes.size(), 1);
   for (std::size_t d = sizes.size() - 1; d > 0; --d)
     strides[d - 1] = strides[d] * std::max<std::int64_t>(1, sizes[d]);
-  return empty_strided(sizes, strides, dtype);
+  return empty_strided(like, sizes, strides, dtype);
 }
 
 // First touching a large fresh output costs more than writing it; in huge pages it costs far less.
 void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+#ifdef MADV_HUGEPAGE
   constexpr std::uintptr_t kPage = 4096, kHugePage = std::uintptr_t{2} << 20;
   const auto begin = reinterpret_cast<std::uintptr_t>(fresh.data_ptr());
   const std::uintptr_t end = begin + fresh.numel() * fresh.element_size();
@@ -66,11 +63,41 @@ Tensor empty_rows(const Tensor& images, std::int64_t rows) {
   std::int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(images.get(), &dtype));
   const Tensor fresh = channels_last
-                           ? empty_strided({rows, c, h, w}, {c * h * w, 1, c * w, c}, dtype)
-                           : empty({rows, c, h, w}, dtype);
+                           ? empty_strided(images, {rows, c, h, w}, {c * h * w, 1, c * w, c}, dtype)
+                           : empty(images, {rows, c, h, w}, dtype);
   advise_huge_pages(fresh);
   return fresh;
 }
+
+// Runs what follows on the device of a tensor, on its current stream.
+class Call {
+ public:
+  explicit Call([[maybe_unused]] const Tensor& tensor)
+#ifdef USE_CUDA
+      : guard_(tensor.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream));
+    context_.scratch = [this, tensor](std::int64_t bytes) {
+      scratch_.push_back(empty(tensor, {bytes}, aoti_torch_dtype_uint8()));
+      return scratch_.back().data_ptr();
+    };
+  }
+#else
+      : context_{} {
+  }
+#endif
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  const Context& context() const { return context_; }
+
+ private:
+#ifdef USE_CUDA
+  torch::stable::accelerator::DeviceGuard guard_;
+  std::vector<Tensor> scratch_;  // freed in the order of the stream: the kernels have run by then
+#endif
+  Context context_;
+};
 
 Batch batch_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
@@ -155,20 +182,11 @@ Norm norm_of(const std::string& name) {
 Tensor channel_saliency(const Tensor& features) {
   STD_TORCH_CHECK(
       features.dim() == 4 && !is_complex(features), "features must be real, (B, K, h, w)");
-  const Tensor map =
-      empty({features.size(0), features.size(2), features.size(3)}, aoti_torch_dtype_float32());
-  cpu::channel_saliency(batch_of(features), float_of(features, "features"), data_to<float>(map));
-  return map;
-}
-
-// A ready map; what is not >= 0 in it counts as NaN, so its sample keeps nothing.
-Tensor checked_map(const Tensor& saliency) {
-  const Tensor ready = checked(saliency, ScalarType::Float, 3, "saliency");
-  const Tensor map =
-      empty({ready.size(0), ready.size(1), ready.size(2)}, aoti_torch_dtype_float32());
-  std::transform(
-      data_of<float>(ready), data_of<float>(ready) + ready.numel(), data_to<float>(map),
-      checked_saliency);
+  const Call call(features);
+  const Tensor map = empty(
+      features, {features.size(0), features.size(2), features.size(3)}, aoti_torch_dtype_float32());
+  sg_kernels::channel_saliency(
+      batch_of(features), float_of(features, "features"), data_to<float>(map), call.context());
   return map;
 }
 
@@ -189,9 +207,10 @@ void graft_out(const Tensor& out, const Tensor& images, const Tensor& mask, cons
   STD_TORCH_CHECK(
       mask.numel() == 0 || (mask.size(1) <= images.size(2) && mask.size(2) <= images.size(3)),
       "mask must be no finer than the images");
-  cpu::graft(
+  const Call call(images);
+  sg_kernels::graft(
       batch_of(images), data_of<bool>(cells), grid_of(mask), data_of<std::int64_t>(destinations),
-      batch_of(out));
+      batch_of(out), call.context());
 }
 
 Tensor graft(const Tensor& images, const Tensor& mask, const Tensor& index) {
@@ -210,10 +229,11 @@ Tensor graft_backward(
   const std::int64_t batch = grad.size(0) / augmentations;
   STD_TORCH_CHECK(mask.size(0) == grad.size(0), "mask must have a row for each of grad's");
   check_rows(grad.size(0), batch, index);
+  const Call call(grad);
   const Tensor out = empty_rows(grad, batch);
-  cpu::graft_backward(
+  sg_kernels::graft_backward(
       batch_of(grad), float_of(grad, "grad"), data_of<bool>(cells), grid_of(mask),
-      data_of<std::int64_t>(destinations), batch_of(out));
+      data_of<std::int64_t>(destinations), batch_of(out), call.context());
   return out;
 }
 
@@ -240,25 +260,21 @@ Tensor mix_targets(
   const std::int64_t batch = targets.size(0), rows = lam.size(0);
   check_rows(rows, batch, index);
   const Targets source = targets_of(rows_or_ids, num_classes, label_smoothing);
-  const Tensor mixed = empty({rows, num_classes}, aoti_torch_dtype_float32());
-  cpu::parallel_for(rows, 2 * num_classes, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t r = begin; r < end; ++r) {
-      const std::int64_t own = r % batch, other = data_of<std::int64_t>(destinations)[r];
-      const bool valid = cpu::in_range(other, batch);
-      cpu::mix_targets(
-          source, valid ? data_of<float>(weights)[r] : kNaN, own, valid ? other : own,
-          data_to<float>(mixed) + r * num_classes);
-    }
-  });
+  const Call call(lam);
+  const Tensor mixed = empty(lam, {rows, num_classes}, aoti_torch_dtype_float32());
+  sg_kernels::mix_targets(
+      source, batch, data_of<float>(weights), data_of<std::int64_t>(destinations), rows,
+      data_to<float>(mixed), call.context());
   return mixed;
 }
 
-// The seed of this call; advances `step`.
-std::uint64_t advance(const Tensor& seed, const std::optional<Tensor>& step, std::int64_t rank) {
-  const auto key = static_cast<std::uint64_t>(*data_of<std::int64_t>(seed));
-  if (!step) return key;
-  std::int64_t& count = *data_to<std::int64_t>(*step);
-  return call_seed(key, static_cast<std::uint64_t>(count++), static_cast<std::uint32_t>(rank));
+// A seed that lies on the host is read here: an operator waits for no device.
+Seed seed_of(const Tensor& seed, const std::optional<Tensor>& step, std::int64_t rank) {
+  const auto* value = data_of<std::int64_t>(seed);
+  const bool on_host = seed.is_cpu();
+  return {
+      on_host ? nullptr : value, on_host ? static_cast<std::uint64_t>(*value) : 0,
+      step ? data_to<std::int64_t>(*step) : nullptr, static_cast<std::uint32_t>(rank)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
@@ -308,28 +324,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
   const Selection selection{
       static_cast<float>(temperature), normalize_of(normalize), static_cast<float>(threshold),
       k.value_or(0)};
-  const Tensor saliency = features ? channel_saliency(*features) : checked_map(*ready_saliency);
+  std::optional<Tensor> ready;
+  if (ready_saliency) ready = checked(*ready_saliency, ScalarType::Float, 3, "saliency");
   STD_TORCH_CHECK(
-      saliency.size(0) == batch && grid_of(saliency).cells() > 0,
+      ready || (features->dim() == 4 && !is_complex(*features)),
+      "features must be real, (B, K, h, w)");
+  const Tensor& mapped = ready ? *ready : *features;
+  const Grid map{mapped.size(mapped.dim() - 2), mapped.size(mapped.dim() - 1)};
+  STD_TORCH_CHECK(
+      mapped.size(0) == batch && map.cells() > 0,
       "features, saliency: not the batch of images, or without cells");
 
-  const std::uint64_t seed = advance(seed_tensor, step, rank);
-  const Tensor index = empty({rows}, aoti_torch_dtype_int64());
-  auto* destinations = data_to<std::int64_t>(index);
-  if (given_index)
-    std::copy_n(data_of<std::int64_t>(*given_destinations), rows, destinations);
-  else
-    for (std::int64_t draw = 0; draw < augmentations; ++draw)
-      cpu::pairing(seed, draw, batch, no_fixed_points, destinations + draw * batch);
-
-  const Tensor mask = empty({rows, grid.height, grid.width}, aoti_torch_dtype_bool());
-  const Tensor lam = empty({rows}, aoti_torch_dtype_float32());
-  const Tensor mixed = empty({rows, source.classes}, aoti_torch_dtype_float32());
-  const Sampling sampling{seed, data_of<std::int64_t>(table), bins, prob, !k.has_value()};
-  cpu::saliency_graft(
-      {batch_of(images), data_of<float>(saliency), grid_of(saliency), grid, destinations, selection,
-       sampling, norm, source},
-      {batch_of(out), data_to<float>(lam), data_to<bool>(mask), data_to<float>(mixed)});
+  const Call call(images);
+  const Tensor lam = empty(images, {rows}, aoti_torch_dtype_float32());
+  const Tensor index = empty(images, {rows}, aoti_torch_dtype_int64());
+  const Tensor mask = empty(images, {rows, grid.height, grid.width}, aoti_torch_dtype_bool());
+  const Tensor saliency = empty(images, {batch, map.height, map.width}, aoti_torch_dtype_float32());
+  const Tensor mixed = empty(images, {rows, source.classes}, aoti_torch_dtype_float32());
+  sg_kernels::saliency_graft(
+      {batch_of(images),
+       ready ? Batch{} : batch_of(*features),
+       ready ? Float{} : float_of(*features, "features"),
+       ready ? data_of<float>(*ready) : nullptr,
+       map,
+       grid,
+       given_destinations ? data_of<std::int64_t>(*given_destinations) : nullptr,
+       seed_of(seed_tensor, step, rank),
+       selection,
+       {data_of<std::int64_t>(table), bins, prob, !k.has_value(), no_fixed_points},
+       norm,
+       source},
+      {batch_of(out), data_to<float>(lam), data_to<std::int64_t>(index), data_to<bool>(mask),
+       data_to<float>(saliency), data_to<float>(mixed)},
+      call.context());
   return {lam, index, mask, saliency, mixed};
 }
 
@@ -354,13 +381,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft(
 }  // namespace
 }  // namespace sg_kernels::ops
 
-STABLE_TORCH_LIBRARY_IMPL(sg_kernels, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(sg_kernels, SG_KERNELS_DEVICE, library) {
   using namespace sg_kernels::ops;
-  library.impl("channel_saliency.cpp", TORCH_BOX(&channel_saliency));
-  library.impl("graft.cpp", TORCH_BOX(&graft));
-  library.impl("graft_out.cpp", TORCH_BOX(&graft_out));
-  library.impl("graft_backward.cpp", TORCH_BOX(&graft_backward));
-  library.impl("mix_targets.cpp", TORCH_BOX(&mix_targets));
-  library.impl("saliency_graft.cpp", TORCH_BOX(&saliency_graft));
-  library.impl("saliency_graft_out.cpp", TORCH_BOX(&saliency_graft_out));
+  library.impl("channel_saliency." SG_KERNELS_BACKEND, TORCH_BOX(&channel_saliency));
+  library.impl("graft." SG_KERNELS_BACKEND, TORCH_BOX(&graft));
+  library.impl("graft_out." SG_KERNELS_BACKEND, TORCH_BOX(&graft_out));
+  library.impl("graft_backward." SG_KERNELS_BACKEND, TORCH_BOX(&graft_backward));
+  library.impl("mix_targets." SG_KERNELS_BACKEND, TORCH_BOX(&mix_targets));
+  library.impl("saliency_graft." SG_KERNELS_BACKEND, TORCH_BOX(&saliency_graft));
+  library.impl("saliency_graft_out." SG_KERNELS_BACKEND, TORCH_BOX(&saliency_graft_out));
 }

@@ -42,6 +42,21 @@ SG_HOST_DEVICE inline std::uint64_t call_seed(
   return words.word[0] | std::uint64_t{words.word[1]} << 32;
 }
 
+// Word `i` of a stream is word i % 4 of block i / 4.
+SG_HOST_DEVICE inline std::uint32_t stream_word(
+    std::uint32_t i, std::uint32_t row, std::uint32_t draw, Stream stream, std::uint64_t seed) {
+  const Words words = philox(i / 4, row, draw, stream, seed);
+  // Chosen, not indexed: a GPU has no indexed registers.
+  const std::uint32_t even = i & 2 ? words.word[2] : words.word[0];
+  const std::uint32_t odd = i & 2 ? words.word[3] : words.word[1];
+  return i & 1 ? odd : even;
+}
+
+// What orders the samples of a draw: the random word, then the sample itself.
+SG_HOST_DEVICE inline std::uint64_t ticket(std::uint32_t word, std::int64_t sample) {
+  return std::uint64_t{word} << 32 | static_cast<std::uint64_t>(sample);
+}
+
 // The probability `probability` as an integer threshold: a word below it is a success.
 SG_HOST_DEVICE inline std::int64_t threshold_of(double probability) {
   return static_cast<std::int64_t>(probability * 4294967296.0);

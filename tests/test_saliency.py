@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import in_layout
 
-from sg_kernels import channel_saliency
+from sg_kernels import backends, channel_saliency
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LAYOUTS = ["nchw", "channels_last", "sliced", "sliced_channels_last", "transposed", "stepped"]
@@ -84,9 +84,15 @@ def test_half_precision_is_accumulated_in_float32(backend, dtype):
     assert torch.equal(saliency, torch.full((1, 2, 2), 5000.0))
 
 
+def skip_where_subnormals_are_zero(backend, dtype):
+    if backend == "triton" and backends.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter reads subnormal bfloat16 as zero")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_every_half_precision_value_is_read_as_it_is(backend, dtype, layout):
+    skip_where_subnormals_are_zero(backend, dtype)
     values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
     features = in_layout(values[values.isfinite()].view(1, 1, -1, 64), layout)
     saliency = channel_saliency(features, backend=backend)
@@ -96,6 +102,7 @@ def test_every_half_precision_value_is_read_as_it_is(backend, dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_subnormals_count(backend, dtype, layout):
+    skip_where_subnormals_are_zero(backend, dtype)
     smallest = 2.0**-149 if dtype == torch.float64 else torch.finfo(dtype).smallest_normal / 4
     features = in_layout(torch.full((2, 9, 7, 7), -smallest, dtype=dtype), layout)
     saliency = channel_saliency(features, backend=backend)

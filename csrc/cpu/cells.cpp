@@ -3,18 +3,18 @@
 #include <numeric>
 #include <vector>
 
-#include "kernels.h"
+#include "cells.h"
 
 namespace sg_kernels::cpu {
 
 void pairing(
     std::uint64_t seed, std::int64_t draw, std::int64_t batch, bool no_fixed_points,
     std::int64_t* index) {
-  std::vector<std::uint64_t> tickets(batch);  // the sample's number breaks ties
+  std::vector<std::uint64_t> tickets(batch);
   for (std::int64_t block = 0; block * 4 < batch; ++block) {
     const Words words = philox(block, 0, draw, kPairing, seed);
     for (std::int64_t b = block * 4; b < std::min(block * 4 + 4, batch); ++b)
-      tickets[b] = std::uint64_t{words.word[b % 4]} << 32 | static_cast<std::uint64_t>(b);
+      tickets[b] = ticket(words.word[b % 4], b);
   }
   std::sort(tickets.begin(), tickets.end());
   const auto holder = [&](std::int64_t rank) {
@@ -27,8 +27,8 @@ void pairing(
 void resample(const float* map, Grid from, float* grid, Grid to) {
   for (std::int64_t y = 0; y < to.height; ++y)
     for (std::int64_t x = 0; x < to.width; ++x)
-      grid[y * to.width + x] = sg_kernels::resample(
-          map, from.width, window(y, from.height, to.height), window(x, from.width, to.width));
+      grid[y * to.width + x] =
+          sg_kernels::resample([map](std::int64_t i) { return map[i]; }, from, to, y, x);
 }
 
 namespace {
@@ -91,15 +91,16 @@ void sample(
     const bool* keep, std::int64_t own, std::int64_t draw, std::int64_t cells,
     const Sampling& sampling, bool* mask) {
   const Words shared = philox(0, 0, draw, kKeepProb, sampling.seed);
-  if (shared.word[1] >= threshold_of(sampling.prob)) {
+  if (shared.word[1] >= threshold_of(sampling.draws.prob)) {
     std::fill(mask, mask + cells, true);
     return;
   }
-  if (!sampling.sampled) {
+  if (!sampling.draws.sampled) {
     std::copy(keep, keep + cells, mask);
     return;
   }
-  const std::int64_t p = keep_threshold(shared.word[0], sampling.quantiles, sampling.bins);
+  const std::int64_t p =
+      keep_threshold(shared.word[0], sampling.draws.quantiles, sampling.draws.bins);
   for (std::int64_t block = 0; block * 4 < cells; ++block) {
     const Words words = philox(block, own, draw, kSampling, sampling.seed);
     for (std::int64_t c = block * 4; c < std::min(block * 4 + 4, cells); ++c)

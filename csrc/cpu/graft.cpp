@@ -7,13 +7,14 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "cells.h"
 
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
 
-namespace sg_kernels::cpu {
+namespace sg_kernels {
+namespace cpu {
 namespace {
 
 // Neighbouring pixels of a line that come from one image.
@@ -338,19 +339,21 @@ struct Row {
   std::unique_ptr<bool[]> keep, mask;
 };
 
-}  // namespace
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-void graft(
-    const Batch& images, const bool* mask, Grid grid, const std::int64_t* index, const Batch& out) {
-  for_each_strip(
-      images, grid, index, out, [&] { return Grafter(images, grid, out); },
-      [&](std::int64_t row, std::int64_t own, std::int64_t other, bool, std::int64_t first,
-          std::int64_t last, Grafter& grafter) {
-        grafter.graft(mask + row * grid.cells(), row, own, other, first, last);
-      });
+// A ready map; what is not >= 0 in it counts as NaN.
+void check_map(const float* ready, std::int64_t count, float* saliency) {
+  std::transform(ready, ready + count, saliency, checked_saliency);
 }
 
-void saliency_graft(const Inputs& inputs, const Outputs& outputs) {
+// The seed of this call; advances the step.
+std::uint64_t advance(const Seed& seed) {
+  if (seed.step == nullptr) return seed.value;
+  return call_seed(seed.value, static_cast<std::uint64_t>((*seed.step)++), seed.rank);
+}
+
+// Pass 2: everything but the saliency and the index.
+void graft_rows(const Inputs& inputs, const Sampling& sampling, const Outputs& outputs) {
   const Grid map = inputs.map, grid = inputs.grid;
   const std::int64_t cells = grid.cells(), classes = inputs.targets.classes;
   const std::size_t resampled = map.height != grid.height || map.width != grid.width ? cells : 0;
@@ -361,7 +364,7 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs) {
         std::make_unique<bool[]>(cells)};
   };
   const auto on_grid = [&](std::int64_t b, std::vector<float>& storage) {
-    const float* own = inputs.maps + b * map.cells();
+    const float* own = outputs.saliency + b * map.cells();
     if (storage.empty()) return own;
     resample(own, map, storage.data(), grid);
     return static_cast<const float*>(storage.data());
@@ -371,21 +374,36 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs) {
     const float* own_grid = on_grid(own, row.own_grid);
     bool* mask = row.mask.get();
     select(own_grid, cells, inputs.selection, row.keep.get());
-    sample(row.keep.get(), own, r / inputs.images.batch, cells, inputs.sampling, mask);
+    sample(row.keep.get(), own, r / inputs.images.batch, cells, sampling, mask);
     row.grafter.graft(mask, r, own, other, first, last);
     if (first > 0) return;  // what follows is the row's, not the strip's
     std::copy_n(mask, cells, outputs.mask + r * cells);
     float lam = label_ratio(own_grid, on_grid(other, row.other_grid), mask, cells, inputs.norm);
-    if (!valid) lam = std::numeric_limits<float>::quiet_NaN();
+    if (!valid) lam = kNaN;
     const bool known = mix_targets(inputs.targets, lam, own, other, outputs.targets + r * classes);
-    outputs.lam[r] = known ? lam : std::numeric_limits<float>::quiet_NaN();
+    outputs.lam[r] = known ? lam : kNaN;
   };
-  for_each_strip(inputs.images, grid, inputs.index, outputs.images, make_row, graft_strip);
+  for_each_strip(inputs.images, grid, outputs.index, outputs.images, make_row, graft_strip);
+}
+
+}  // namespace
+}  // namespace cpu
+
+void graft(
+    const Batch& images, const bool* mask, Grid grid, const std::int64_t* index, const Batch& out,
+    const Context&) {
+  cpu::for_each_strip(
+      images, grid, index, out, [&] { return cpu::Grafter(images, grid, out); },
+      [&](std::int64_t row, std::int64_t own, std::int64_t other, bool, std::int64_t first,
+          std::int64_t last, cpu::Grafter& grafter) {
+        grafter.graft(mask + row * grid.cells(), row, own, other, first, last);
+      });
 }
 
 void graft_backward(
     const Batch& grad, Float type, const bool* mask, Grid grid, const std::int64_t* index,
-    const Batch& out) {
+    const Batch& out, const Context&) {
+  using cpu::sum_contributions;
   using torch::headeronly::BFloat16;
   using torch::headeronly::Half;
   switch (type) {
@@ -396,4 +414,33 @@ void graft_backward(
   }
 }
 
-}  // namespace sg_kernels::cpu
+void mix_targets(
+    const Targets& targets, std::int64_t batch, const float* lam, const std::int64_t* index,
+    std::int64_t rows, float* mixed, const Context&) {
+  cpu::parallel_for(rows, 2 * targets.classes, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const std::int64_t own = r % batch, other = index[r];
+      const bool valid = in_range(other, batch);
+      cpu::mix_targets(
+          targets, valid ? lam[r] : cpu::kNaN, own, valid ? other : own,
+          mixed + r * targets.classes);
+    }
+  });
+}
+
+void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context& context) {
+  const std::int64_t batch = inputs.images.batch, rows = outputs.images.batch;
+  if (inputs.ready_map != nullptr)
+    cpu::check_map(inputs.ready_map, batch * inputs.map.cells(), outputs.saliency);
+  else
+    channel_saliency(inputs.features, inputs.features_type, outputs.saliency, context);
+  const std::uint64_t seed = cpu::advance(inputs.seed);
+  if (inputs.given_index != nullptr)
+    std::copy_n(inputs.given_index, rows, outputs.index);
+  else
+    for (std::int64_t first = 0; first < rows; first += batch)
+      cpu::pairing(seed, first / batch, batch, inputs.draws.no_fixed_points, outputs.index + first);
+  cpu::graft_rows(inputs, {seed, inputs.draws}, outputs);
+}
+
+}  // namespace sg_kernels

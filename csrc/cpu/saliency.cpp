@@ -4,11 +4,12 @@
 
 #include <cstring>
 
-#include "kernels.h"
+#include "cells.h"
 
 #define SG_INLINE [[gnu::always_inline]] inline
 
-namespace sg_kernels::cpu {
+namespace sg_kernels {
+namespace cpu {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -266,13 +267,17 @@ void channel_saliency(const Batch& features, float* map) {
 
 }  // namespace
 
-void channel_saliency(const Batch& features, Float type, float* map) {
+}  // namespace cpu
+
+void channel_saliency(const Batch& features, Float type, float* map, const Context&) {
+  using torch::headeronly::BFloat16;
+  using torch::headeronly::Half;
   switch (type) {
-    case Float::kHalf: return channel_saliency<Half>(features, map);
-    case Float::kBFloat16: return channel_saliency<BFloat16>(features, map);
-    case Float::kFloat: return channel_saliency<float>(features, map);
-    case Float::kDouble: return channel_saliency<double>(features, map);
+    case Float::kHalf: return cpu::channel_saliency<Half>(features, map);
+    case Float::kBFloat16: return cpu::channel_saliency<BFloat16>(features, map);
+    case Float::kFloat: return cpu::channel_saliency<float>(features, map);
+    case Float::kDouble: return cpu::channel_saliency<double>(features, map);
   }
 }
 
-}  // namespace sg_kernels::cpu
+}  // namespace sg_kernels

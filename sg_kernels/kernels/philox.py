@@ -15,10 +15,9 @@ LARGEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 @triton.jit
 def words(block, row, draw, stream, seed):
     """The four words of a block: uint32, in the shape of ``block``."""
-    block = tl.to_tensor(block).to(tl.uint32)
-    row = tl.to_tensor(row).to(tl.uint32)
-    draw = tl.to_tensor(draw).to(tl.uint32)
-    return tl.philox(seed, block, row, draw, tl.to_tensor(stream).to(tl.uint32))
+    block, row = tl.cast(block, tl.uint32), tl.cast(row, tl.uint32)
+    draw, stream = tl.cast(draw, tl.uint32), tl.cast(stream, tl.uint32)
+    return tl.philox(seed, block, row, draw, stream)
 
 
 @triton.jit

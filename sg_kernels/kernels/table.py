@@ -209,11 +209,13 @@ def tile(
     unit_bytes = itemsize if whole_elements or not uniform else min(chunk, 4)
     lanes = chunk // unit_bytes
 
-    # 4 accesses in flight for each of 128 threads, fewer where lanes take a register each.
-    size = 512 if unit_bytes >= 4 or lanes == 1 else 2048 // lanes
+    # 4 accesses in flight for each thread, one where narrow lanes take a register each.
+    size = 512 if unit_bytes >= 4 or lanes == 1 else 128
     chunks = min(next_power_of_2(max(1, chunk_count)), 256)
     lines = min(size // chunks, next_power_of_2(max(1, line_count)))
-    while lines > 1 and lines * chunks > 256 and rows * cdiv(line_count, lines) < MIN_PROGRAMS:
+    while (
+        lines > 1 and lines * chunks > 2 * THREADS and rows * cdiv(line_count, lines) < MIN_PROGRAMS
+    ):
         lines //= 2
     tiles_across = cdiv(chunk_count, chunks)
     return Tile(
@@ -238,5 +240,5 @@ def cells(grid_cells: int, terms: int) -> Cells:
     block = next_power_of_2(grid_cells)
     if block <= MAX_CELLS_IN_LAUNCH_2:
         block = 64 if block <= 64 else 256 if block <= 256 else 1024
-    at_once = 1 if terms == 1 else max(1, min(8, 1024 // block))
+    at_once = 1 if terms == 1 else max(1, min(4, 512 // block))
     return Cells(block, at_once, THREADS if block <= MAX_CELLS_IN_LAUNCH_2 else 1024)
