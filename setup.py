@@ -1,14 +1,29 @@
-"""Builds the compiled backend: one library for every CPython and every torch from 2.10 on."""
+"""Builds the compiled backends: each one library for every CPython and every torch from 2.10 on.
+
+SG_KERNELS_CUDA: 1 builds the library for CUDA, 0 does not, auto (the default) does where there is
+nvcc. TORCH_CUDA_ARCH_LIST: for which GPUs, as "9.0;10.0+PTX".
+SG_KERNELS_SANITIZE: sanitizers to build the CPU's library with.
+"""
 
 import os
+import re
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
 from torch.utils import cpp_extension
 
+ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 SANITIZE = os.environ.get("SG_KERNELS_SANITIZE", "")
+
+HEADERS = ["csrc/philox.h", "csrc/graft.h", "csrc/kernels.h"]
+INCLUDES = [argument for path in cpp_extension.include_paths() for argument in ("-isystem", path)]
+LIBRARY_DIRS = cpp_extension.library_paths()
+LIBRARIES = ["torch", "torch_cpu", "c10"]
+TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
 
 CPU = Extension(
     "sg_kernels.libsg_kernels_cpu",
@@ -18,16 +33,12 @@ CPU = Extension(
         "csrc/cpu/cells.cpp",
         "csrc/cpu/graft.cpp",
     ],
-    depends=["csrc/philox.h", "csrc/graft.h", "csrc/kernels.h", "csrc/cpu/cells.h"],
-    library_dirs=cpp_extension.library_paths(),
-    libraries=["torch", "torch_cpu", "c10"],
-    define_macros=[
-        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
-        ("SG_KERNELS_BACKEND", '"cpp"'),
-        ("SG_KERNELS_DEVICE", "CPU"),
-    ],
+    depends=[*HEADERS, "csrc/cpu/cells.h"],
+    library_dirs=LIBRARY_DIRS,
+    libraries=LIBRARIES,
+    define_macros=[TARGET, ("SG_KERNELS_BACKEND", '"cpp"'), ("SG_KERNELS_DEVICE", "CPU")],
     extra_compile_args=[
-        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+        *INCLUDES,
         "-std=c++17",
         "-O3",
         "-g0",
@@ -44,11 +55,97 @@ if SANITIZE:
     CPU.extra_link_args += [f"-fsanitize={SANITIZE}"]
 
 
+def gencode(architectures: str) -> list[str]:
+    """What nvcc takes for a list as of TORCH_CUDA_ARCH_LIST."""
+    arguments = []
+    for entry in re.split(r"[;\s]+", architectures.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if match is None:
+            raise SetupError(f"TORCH_CUDA_ARCH_LIST: {entry!r} is not like 9.0 or 9.0+PTX")
+        number, ptx = match[1] + match[2], match[3]
+        arguments.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            arguments.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return arguments
+
+
+# nvcc compiles and links this one by itself: setuptools knows no .cu.
+CUDA = Extension(
+    "sg_kernels.libsg_kernels_cuda",
+    sources=[
+        "csrc/library.cpp",
+        "csrc/cuda/saliency.cu",
+        "csrc/cuda/graft.cu",
+        "csrc/cuda/saliency_graft.cu",
+    ],
+    depends=[
+        *HEADERS,
+        *(f"csrc/cuda/{name}.cuh" for name in ("block", "cells", "graft", "saliency")),
+    ],
+    extra_compile_args=[
+        *INCLUDES,
+        f"-D{TARGET[0]}={TARGET[1]}",
+        '-DSG_KERNELS_BACKEND="cuda"',
+        "-DSG_KERNELS_DEVICE=CUDA",
+        "-DUSE_CUDA",
+        "-std=c++17",
+        "-O3",
+        "--fmad=false",  # a*b + c rounds twice, as the reference does
+        "--threads=0",
+        "--compiler-options=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+    ],
+    extra_link_args=[
+        "-shared",
+        "--cudart=static",
+        *(f"-L{path}" for path in LIBRARY_DIRS),
+        # Symbols are looked up in torch's libraries, which must not be dropped as unused.
+        "--linker-options=--no-as-needed",
+        *(f"-l{name}" for name in LIBRARIES),
+    ],
+)
+
+
+def nvcc() -> str | None:
+    # Not torch's CUDA_HOME, which is None where torch is built for the CPU.
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+
+
+def wants_cuda() -> bool:
+    choice = os.environ.get("SG_KERNELS_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        raise SetupError(f"SG_KERNELS_CUDA must be 0, 1 or auto; got {choice!r}")
+    if choice == "1" and nvcc() is None:
+        raise SetupError("SG_KERNELS_CUDA=1, but no nvcc is found: set CUDA_HOME or PATH")
+    return choice != "0" and nvcc() is not None and not SANITIZE
+
+
 class BuildLibrary(build_ext):
     """A shared library under its plain name: it is loaded by torch, not imported by Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext is not CUDA:
+            super().build_extension(ext)
+            return
+        library = Path(self.get_ext_fullpath(ext.name))
+        newest = max(os.path.getmtime(path) for path in [*ext.sources, *ext.depends, __file__])
+        if library.exists() and library.stat().st_mtime > newest and not self.force:
+            return
+        library.parent.mkdir(parents=True, exist_ok=True)
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+        self.spawn(
+            [
+                str(nvcc()),
+                *gencode(architectures),
+                *ext.extra_compile_args,
+                *ext.sources,
+                *ext.extra_link_args,
+                *("-o", str(library)),
+            ]
+        )
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -58,4 +155,7 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[CPU], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel})
+setup(
+    ext_modules=[CPU, CUDA] if wants_cuda() else [CPU],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+)

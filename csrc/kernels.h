@@ -73,7 +73,7 @@ struct Outputs {
   float* targets;
 };
 
-// Where a call runs; the CPU needs neither.
+// Where a call runs, which concerns the GPU alone.
 struct Context {
   void* stream;
   std::function<void*(std::int64_t bytes)> scratch;  // memory until the call returns

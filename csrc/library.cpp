@@ -72,20 +72,20 @@ Tensor empty_rows(const Tensor& images, std::int64_t rows) {
 // Runs what follows on the device of a tensor, on its current stream.
 class Call {
  public:
-  explicit Call([[maybe_unused]] const Tensor& tensor)
+  explicit Call(const Tensor& tensor)
 #ifdef USE_CUDA
-      : guard_(tensor.get_device_index()) {
+      : guard_(tensor.get_device_index())
+#endif
+  {
+#ifdef USE_CUDA
     TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream));
+#endif
     context_.scratch = [this, tensor](std::int64_t bytes) {
       scratch_.push_back(empty(tensor, {bytes}, aoti_torch_dtype_uint8()));
       return scratch_.back().data_ptr();
     };
   }
-#else
-      : context_{} {
-  }
-#endif
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
@@ -94,9 +94,9 @@ class Call {
  private:
 #ifdef USE_CUDA
   torch::stable::accelerator::DeviceGuard guard_;
-  std::vector<Tensor> scratch_;  // freed in the order of the stream: the kernels have run by then
 #endif
-  Context context_;
+  std::vector<Tensor> scratch_;  // freed in the order of the stream: the kernels have run by then
+  Context context_{};
 };
 
 Batch batch_of(const Tensor& tensor) {

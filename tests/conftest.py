@@ -1,5 +1,7 @@
 """What the tests share: the backends, inputs in every layout, and how two results may differ."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,12 @@ from sg_kernels.kernels import table
 
 if backends.INTERPRETED:  # a program takes milliseconds there
     table.PROGRAMS_1 = table.PROGRAMS_2 = table.MIN_PROGRAMS = 8
+
+# csrc/cuda on the CPU, see tests/emulation; before the tests ask which backends there are.
+if emulation := os.environ.get("SG_KERNELS_EMULATION"):
+    torch.ops.load_library(emulation)
+    backends.DEVICES["cuda"] = ("cuda", "cpu")
+    backends._UNLOADED["cuda"] = None
 
 
 def pytest_addoption(parser):

@@ -1,0 +1,136 @@
+// What the kernels share: how they are launched, chunks of memory, and a block's reductions.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "../kernels.h"
+
+namespace sg_kernels::cuda {
+
+constexpr int kThreads = 256;    // of every block
+constexpr int kBlocksPerSm = 3;  // that registers leave room for
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kChunk = 16;  // bytes of the widest access
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+// Multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+      "cudaDeviceGetAttribute");
+  return count;
+}
+
+// Runs a kernel on the stream of the call; `together`: all blocks at once, so that they can wait
+// for each other.
+template <class... Parameters>
+void launch(
+    void (*kernel)(Parameters...), std::int64_t blocks, bool together, const Context& context,
+    Parameters... arguments) {
+  STD_TORCH_CHECK(
+      blocks <= std::numeric_limits<std::int32_t>::max(), "too much for one launch: ", blocks,
+      " blocks");
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(context.stream);
+  config.attrs = &cooperative;
+  config.numAttrs = together ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+}
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// An integer of so many bytes, which is read and written in one access.
+template <int kBytes>
+struct Access;
+template <>
+struct Access<1> {
+  using type = std::uint8_t;
+};
+template <>
+struct Access<2> {
+  using type = std::uint16_t;
+};
+template <>
+struct Access<4> {
+  using type = std::uint32_t;
+};
+template <>
+struct Access<8> {
+  using type = uint2;
+};
+template <>
+struct Access<16> {
+  using type = uint4;
+};
+
+// Neighbouring numbers that are read at once.
+template <class T, int kLanes>
+struct Chunk {
+  static constexpr int kBytes = kLanes * static_cast<int>(sizeof(T));
+  using Word = typename Access<kBytes>::type;
+
+  Word word;
+
+  __device__ static Chunk load(const char* from) { return {*reinterpret_cast<const Word*>(from)}; }
+  __device__ void store(char* to) const { *reinterpret_cast<Word*>(to) = word; }
+  __device__ T lane(int i) const {
+    T lanes[kLanes];
+    std::memcpy(lanes, &word, kBytes);
+    return lanes[i];
+  }
+  template <class From>
+  __device__ static Chunk of(const From* lanes) {
+    T rounded[kLanes];
+    for (int i = 0; i < kLanes; ++i) rounded[i] = static_cast<T>(lanes[i]);
+    Chunk chunk;
+    std::memcpy(&chunk.word, rounded, kBytes);
+    return chunk;
+  }
+};
+
+// The same in every thread of a group of `width` neighbouring lanes, a power of two; every thread
+// of the warp must call.
+template <class T, class Combine>
+__device__ T reduce_lanes(T value, int width, const Combine& combine) {
+  for (int offset = width / 2; offset > 0; offset /= 2)
+    value = combine(value, __shfl_xor_sync(kAllLanes, value, offset));
+  return value;
+}
+
+// The same in every thread of the block, all of which must call; in an order that never changes.
+template <class T, class Combine>
+__device__ T reduce_block(T value, const Combine& combine) {
+  __shared__ T of_warp[kWarps];
+  const int thread = threadIdx.x;
+  value = reduce_lanes(value, kWarp, combine);
+  if (thread % kWarp == 0) of_warp[thread / kWarp] = value;
+  __syncthreads();
+  value = of_warp[0];
+  for (int warp = 1; warp < kWarps; ++warp) value = combine(value, of_warp[warp]);
+  __syncthreads();
+  return value;
+}
+
+template <class T>
+__device__ T sum_block(T value) {
+  return reduce_block(value, [](T a, T b) { return a + b; });
+}
+
+}  // namespace sg_kernels::cuda

@@ -1,0 +1,187 @@
+// The stages that a block works out for a row on its cells, 2 to 5, 7 and 8; named as in
+// sg_kernels/reference.py.
+#pragma once
+
+#include "block.cuh"
+
+namespace sg_kernels::cuda {
+
+// The maps of a batch in `splits` partial sums, (splits, batch, map), and the grid they are
+// resampled to.
+struct Maps {
+  const float* partials;
+  std::int64_t batch;
+  Grid map, grid;
+  std::int32_t splits;
+  std::int32_t lanes;  // neighbouring threads that share the values of a cell, a power of two
+};
+
+// Stage 2: the value of a cell, where the lanes of its group all call; taken(value) of each of the
+// map's.
+template <class Taken>
+__device__ float resample(
+    const Maps& maps, std::int64_t sample, int cell, int lane, const Taken& taken) {
+  const int width = static_cast<int>(maps.map.width), height = static_cast<int>(maps.map.height);
+  const int grid_width = static_cast<int>(maps.grid.width);
+  const int grid_height = static_cast<int>(maps.grid.height);
+  float sum = 0.0f, count = 1.0f;
+  if (cell < grid_height * grid_width) {
+    const Window<int> rows = window(cell / grid_width, height, grid_height);
+    const Window<int> columns = window(cell % grid_width, width, grid_width);
+    const int across = columns.end - columns.begin, terms = (rows.end - rows.begin) * across;
+    const float* map = maps.partials + sample * height * width;
+    for (int term = lane; term < terms; term += maps.lanes) {
+      const int y = rows.begin + term / across, x = columns.begin + term % across;
+      const float* value = map + y * width + x;
+      float whole = *value;
+      for (int split = 1; split < maps.splits; ++split)
+        whole += value[split * maps.batch * height * width];
+      sum += taken(whole);
+    }
+    count = static_cast<float>(terms);
+  }
+  return reduce_lanes(sum, maps.lanes, [](float a, float b) { return a + b; }) / count;
+}
+
+// Calls body(cell, lane) for part `part` of `parts` of the cells, and with cells past the last, so
+// that a group's lanes stay together.
+template <class Body>
+__device__ void for_each_cell(const Maps& maps, int cells, int part, int parts, const Body& body) {
+  const int groups = kThreads / maps.lanes;
+  const int group = threadIdx.x / maps.lanes, lane = threadIdx.x % maps.lanes;
+  for (int first = part * groups; first < cells; first += parts * groups) body(first + group, lane);
+}
+
+// A sample's map on the grid, in memory that the whole block sees.
+__device__ inline void resample_to(const Maps& maps, std::int64_t sample, float* grid) {
+  const int cells = static_cast<int>(maps.grid.cells());
+  for_each_cell(maps, cells, 0, 1, [&](int cell, int lane) {
+    const float value = resample(maps, sample, cell, lane, [](float whole) { return whole; });
+    if (cell < cells && lane == 0) grid[cell] = value;
+  });
+  __syncthreads();
+}
+
+__device__ inline float normalize_scale(
+    const float* grid, int cells, float peak, Normalize normalize) {
+  if (normalize == Normalize::kMax) return peak;
+  if (normalize == Normalize::kNone) return 1.0f;
+  double sum = 0.0;
+  for (int c = threadIdx.x; c < cells; c += kThreads) sum += grid[c];
+  return static_cast<float>(sum_block(sum) / cells);
+}
+
+__device__ inline void select_by_threshold(
+    const float* grid, int cells, float peak, const Selection& selection, bool* keep) {
+  const float scale = normalize_scale(grid, cells, peak, selection.normalize);
+  double sum = 0.0;
+  for (int c = threadIdx.x; c < cells; c += kThreads)
+    sum += softmax_numerator(grid[c], peak, scale, selection.temperature);
+  const float bar = selection.threshold * static_cast<float>(sum_block(sum));
+  for (int c = threadIdx.x; c < cells; c += kThreads)
+    keep[c] = softmax_numerator(grid[c], peak, scale, selection.temperature) > bar;
+}
+
+// The k largest, of equals the first: each cell's value and number make one integer, whose k-th
+// largest is found bit by bit.
+__device__ inline void select_by_rank(const float* grid, int cells, std::int64_t k, bool* keep) {
+  int shift = 0;
+  while (1 << shift < cells) ++shift;
+  const auto key = [&](int c) {
+    // The bits of floats that are not negative are ordered as they are; -0 becomes 0.
+    const std::uint64_t value = __float_as_uint(grid[c] + 0.0f);
+    return value << shift | static_cast<std::uint64_t>((1 << shift) - 1 - c);
+  };
+  std::uint64_t bar = 0;
+  for (int bit = 30 + shift; bit >= 0; --bit) {
+    const std::uint64_t raised = bar | std::uint64_t{1} << bit;
+    int count = 0;
+    for (int c = threadIdx.x; c < cells; c += kThreads) count += key(c) >= raised;
+    if (sum_block(count) >= k) bar = raised;
+  }
+  for (int c = threadIdx.x; c < cells; c += kThreads) keep[c] = key(c) >= bar;
+}
+
+// Stages 3 and 4.
+__device__ inline void select(
+    const float* grid, int cells, const Selection& selection, bool* keep) {
+  int strange = 0;
+  float low = grid[0], peak = grid[0];
+  for (int c = threadIdx.x; c < cells; c += kThreads) {
+    strange += !(grid[c] - grid[c] == 0.0f);
+    low = fminf(low, grid[c]);
+    peak = fmaxf(peak, grid[c]);
+  }
+  const bool finite = sum_block(strange) == 0, by_threshold = selection.k == 0;
+  low = reduce_block(low, [](float a, float b) { return fminf(a, b); });
+  peak = reduce_block(peak, [](float a, float b) { return fmaxf(a, b); });
+  if (!finite || (by_threshold && low == peak))
+    for (int c = threadIdx.x; c < cells; c += kThreads) keep[c] = false;
+  else if (by_threshold)
+    select_by_threshold(grid, cells, peak, selection, keep);
+  else
+    select_by_rank(grid, cells, selection.k, keep);
+}
+
+// Stage 5, in place. A thread samples the cells that it has selected.
+__device__ inline void sample(
+    bool* mask, std::int64_t own, std::int64_t draw, int cells, const Draws& draws,
+    std::uint64_t seed) {
+  const Words shared = philox(0, 0, draw, kKeepProb, seed);
+  const bool gated = shared.word[1] >= threshold_of(draws.prob);
+  const std::int64_t p =
+      draws.sampled ? keep_threshold(shared.word[0], draws.quantiles, draws.bins) : 0;
+  for (int c = threadIdx.x; c < cells; c += kThreads) {
+    if (gated)
+      mask[c] = true;
+    else if (draws.sampled && mask[c])
+      mask[c] = stream_word(c, own, draw, kSampling, seed) < p;
+  }
+  __syncthreads();
+}
+
+// Stage 7.
+__device__ inline float label_ratio(
+    const float* own, const float* other, const bool* mask, int cells, Norm norm) {
+  // In double, the square of no float overflows.
+  double own_total = 0.0, own_kept = 0.0, other_total = 0.0, other_left = 0.0;
+  int area = 0;
+  for (int c = threadIdx.x; c < cells; c += kThreads) {
+    const double own_weight = weight<double>(own[c], norm);
+    const double other_weight = weight<double>(other[c], norm);
+    own_total += own_weight;
+    other_total += other_weight;
+    own_kept += mask[c] ? own_weight : 0.0;
+    other_left += mask[c] ? 0.0 : other_weight;
+    area += mask[c];
+  }
+  own_total = sum_block(own_total);
+  own_kept = sum_block(own_kept);
+  other_total = sum_block(other_total);
+  other_left = sum_block(other_left);
+  return sg_kernels::label_ratio(
+      static_cast<float>(own_kept / own_total), static_cast<float>(other_left / other_total),
+      static_cast<float>(sum_block(area)) / static_cast<float>(cells), norm);
+}
+
+// Stage 8. False where a class id is out of range, and the mixed row NaN.
+__device__ inline bool mix_targets(
+    const Targets& targets, float lam, std::int64_t own, std::int64_t other, float* mixed) {
+  const std::int64_t classes = targets.classes;
+  const float width = static_cast<float>(classes);
+  if (targets.ids != nullptr) {
+    const std::int64_t own_id = targets.ids[own], other_id = targets.ids[other];
+    const bool known = in_range(own_id, classes) && in_range(other_id, classes);
+    for (std::int64_t n = threadIdx.x; n < classes; n += kThreads)
+      mixed[n] =
+          known ? mix_target(own_id == n, other_id == n, lam, targets.smoothing, width) : NAN;
+    return known;
+  }
+  if (targets.rows == nullptr) return true;
+  const float *own_row = targets.rows + own * classes, *other_row = targets.rows + other * classes;
+  for (std::int64_t n = threadIdx.x; n < classes; n += kThreads)
+    mixed[n] = mix_target(own_row[n], other_row[n], lam, targets.smoothing, width);
+  return true;
+}
+
+}  // namespace sg_kernels::cuda
