@@ -11,8 +11,10 @@ STAMP := $(VENV)/installed.stamp
 PEERS := $(VENV)/peers.stamp
 CSRC := $(shell find csrc -type f)
 NATIVE := setup.py $(CSRC)
+# csrc/cuda built for the CPU.
+EMULATION := build/emulation/libsg_kernels_cuda.so
 
-.PHONY: help demo test test-compiled test-interpreted test-triton-3.6 lint sanitize aot build bench compare \
+.PHONY: help demo test test-compiled test-interpreted test-emulated test-triton-3.6 lint sanitize aot build bench compare \
 	bench-check bench-calibrate clean
 .DEFAULT_GOAL := help
 
@@ -22,8 +24,8 @@ help:
 demo: $(STAMP) ## trains with and without grafting, compares the backends, draws benchmarks/results/demo.png
 	$(RUN) benchmarks/demo.py
 
-test: $(STAMP) ## the test suite; the Triton kernels interpreted, in a process of their own
-	$(MAKE) --jobs 2 --output-sync test-compiled test-interpreted
+test: $(STAMP) ## the test suite; Triton's kernels interpreted and CUDA's emulated, in processes of their own
+	$(MAKE) --jobs 2 --output-sync test-interpreted test-compiled test-emulated
 
 test-compiled: $(STAMP)
 	$(RUN) -m pytest
@@ -35,13 +37,21 @@ INTERPRETED := -k triton -m "not slow" --cases $(CASES) \
 test-interpreted: $(STAMP)
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(INTERPRETED)
 
+test-emulated: $(EMULATION)
+	SG_KERNELS_EMULATION=$(EMULATION) $(RUN) -m pytest -k cuda --cases 12 \
+		--ignore tests/test_triton.py --ignore tests/test_distribution.py --ignore tests/test_benchmarks.py
+
+$(EMULATION): $(STAMP) $(NATIVE) $(wildcard tests/emulation/*)
+	$(RUN) tests/emulation/build.py $@
+
 test-triton-3.6: $(STAMP) ## the Triton backend on the oldest Triton it supports
 	$(RUN) -m pip install --quiet --upgrade --no-deps --target build/triton-3.6 triton==3.6.0 "numpy<2.4"
 	PYTHONPATH=build/triton-3.6 $(RUN) -m pytest tests/test_triton.py
 	TRITON_INTERPRET=1 PYTHONPATH=build/triton-3.6 $(RUN) -m pytest $(INTERPRETED)
 
-aot: $(STAMP) ## compiles every Triton kernel for five GPUs: registers, spills, width of each access
+aot: $(STAMP) ## compiles every kernel for five GPUs: registers, spills, width of each access
 	$(RUN) -m benchmarks.aot
+	[ ! -e sg_kernels/libsg_kernels_cuda.so ] || $(RUN) -m benchmarks.aot_cuda
 
 # The library is loaded into an interpreter that was not built with ASan, which therefore goes first.
 sanitize: $(STAMP) ## the test suite on a build with ASan and UBSan
@@ -55,7 +65,7 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) tests/emulation/*.h
 
 build: $(STAMP) ## the virtual environment and the compiled backend
 

@@ -66,7 +66,9 @@ def test_what_is_returned_is_the_callers_own():
 
 def test_the_preferred_backend_is_the_default(monkeypatch):
     monkeypatch.setattr(backends, "ENVIRONMENT_CHOICE", None)
-    assert backends.choose(None, "cpu") == sg_kernels.available_backends()[0]
+    available = sg_kernels.available_backends()
+    preferred = [name for name in backends.DEFAULTS["cpu"] if name in available]
+    assert backends.choose(None, "cpu") == preferred[0]
 
 
 def test_an_argument_goes_before_the_environment(backend, monkeypatch):
@@ -114,6 +116,8 @@ def test_a_device_without_a_backend_is_refused(monkeypatch):
 
 
 def test_the_environment_chooses(backend):
+    if backend == "cuda":
+        pytest.skip("chosen by the tests' own process alone, where it is emulated")
     code = "from sg_kernels import backends; print(backends.choose(None, 'cpu'))"
     assert run(code, SG_KERNELS_BACKEND=backend).stdout.split() == [backend]
 

@@ -61,9 +61,10 @@ __device__ void add_tile(const GraftBackward& work) {
       const Numbers value =
           Numbers::load(from + row * grad.batch_stride + line_offset(tile, grad, column.line(i)));
 #pragma unroll
-      for (int l = 0; l < kLanes; ++l)
-        if (of_line >> l * static_cast<int>(sizeof(T)) & 1)
-          total[i][l] += static_cast<Sum>(value.lane(l));
+      for (int l = 0; l < kLanes; ++l) {
+        const bool taken = of_line >> l * static_cast<int>(sizeof(T)) & 1;
+        total[i][l] += taken ? static_cast<Sum>(value.lane(l)) : Sum{0};
+      }
     }
   };
 

@@ -58,6 +58,7 @@ struct Block {
 };
 
 inline dim3 thread_index, block_index, block_size, grid_size;
+inline int launches = 0;
 inline Block* block = nullptr;
 inline Fiber* fiber = nullptr;
 inline jmp_buf scheduler;
@@ -168,6 +169,9 @@ T __shfl_xor_sync(unsigned, T value, int offset) {
   return emulation::exchange(value, (threadIdx.x % emulation::kWarp) ^ offset);
 }
 
+// How many kernels have been launched; for the tests.
+extern "C" [[gnu::used]] inline int emulated_launches() { return emulation::launches; }
+
 inline unsigned __ballot_sync(unsigned, bool vote) {
   unsigned votes = 0;
   const std::uint64_t word = vote;
@@ -231,6 +235,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  ++emulation::launches;
   emulation::grid_size = config->gridDim;
   emulation::block_size = config->blockDim;
   emulation::run_grid([&] { kernel(arguments...); }, config->numAttrs > 0);

@@ -1,0 +1,108 @@
+"""csrc/cuda: its launches, counted in the emulation, and what its library needs of torch."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sg_kernels
+from sg_kernels import backends
+from sg_kernels.ops import overload
+
+EMULATION = os.environ.get("SG_KERNELS_EMULATION")
+emulated = pytest.mark.skipif(not EMULATION, reason="the emulation counts launches")
+
+
+def launches(call):
+    count = ctypes.CDLL(EMULATION).emulated_launches
+    before = count()
+    call()
+    return count() - before
+
+
+def saliency_graft(batch, grid_size=None, map_size=(4, 4), channels=6, **options):
+    images = torch.rand(batch, 3, 16, 16)
+    if options.pop("ready", False):
+        options["saliency"] = torch.rand(batch, *map_size)
+    else:
+        options["features"] = torch.rand(batch, channels, *map_size)
+    return sg_kernels.saliency_graft(images, backend="cuda", seed=1, grid_size=grid_size, **options)
+
+
+@emulated
+@pytest.mark.parametrize("options", [{}, {"k": 3, "selection": "topk"}, {"grid_size": (2, 3)}])
+def test_a_small_batch_takes_one_launch(options):
+    # The emulated device holds 12 blocks at once: 4 multiprocessors of 3.
+    assert launches(lambda: saliency_graft(8, **options)) == 1
+
+
+@emulated
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 16},
+        {"batch": 8, "augmentations": 2},
+        {"batch": 16, "ready": True, "grid_size": (2, 2)},
+        {"batch": 16, "targets": torch.arange(16), "num_classes": 16},
+        {"batch": 16, "grid_size": (16, 16)},
+    ],
+)
+def test_a_larger_one_takes_two(options):
+    assert launches(lambda: saliency_graft(**options)) == 2
+
+
+@emulated
+@pytest.mark.parametrize("options", [{"map_size": (40, 40)}, {"map_size": (64, 64)}])
+def test_a_cell_of_many_values_takes_a_launch_more(options):
+    assert launches(lambda: saliency_graft(4, (4, 4), **options)) == 3
+
+
+@emulated
+def test_the_graft_and_its_gradient_take_one_each():
+    images = torch.rand(16, 3, 16, 16, requires_grad=True)
+    mask, index = torch.rand(16, 4, 4) < 0.5, torch.randperm(16)
+    grafted = []
+    assert launches(lambda: grafted.append(overload("graft", "cuda")(images, mask, index))) == 1
+    backward = overload("graft_backward", "cuda")
+    assert launches(lambda: backward(grafted[0], mask, index, 1)) == 1
+
+
+@emulated
+@pytest.mark.parametrize("batch", [5, 20])
+def test_splits_change_nothing_but_rounding(batch):
+    features = torch.rand(batch, 512, 7, 7)
+    saliency = overload("channel_saliency", "cuda")(features)
+    torch.testing.assert_close(saliency, features.sum(1), rtol=1e-5, atol=0)
+    whole = saliency_graft(batch, map_size=(7, 7), channels=512).saliency
+    assert whole.shape == (batch, 7, 7)
+    assert (whole > 100).all()
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm lists a library's symbols")
+@pytest.mark.parametrize(
+    "library", [backends.CPP_LIBRARY, backends.CUDA_LIBRARY], ids=["cpu", "cuda"]
+)
+def test_a_library_needs_of_torch_only_its_stable_abi(library):
+    if not library.exists():
+        pytest.skip(f"{library.name} is not built")
+    command = ["nm", "--dynamic", "--undefined-only", "--demangle", "--format=posix", library]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    symbols = [line.removesuffix(" U ").rsplit(" U", 1)[0] for line in listed.splitlines()]
+    shim = [name for name in symbols if re.match(r"(aoti_)?torch_", name)]
+    assert "torch_library_impl" in shim  # the list is the right one
+    strangers = re.compile(r"(at|c10|torch|caffe2|pybind11)::|_?Py[A-Z_]|cuda[A-Z]|cu[A-Z]")
+    assert [name for name in symbols if strangers.match(name)] == []
+
+
+def test_setup_asks_for_cuda_as_the_environment_says():
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "setup.py", "--version"]
+    environment = {**os.environ, "SG_KERNELS_CUDA": "perhaps"}
+    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert "SG_KERNELS_CUDA must be 0, 1 or auto; got 'perhaps'" in process.stderr
