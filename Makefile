@@ -15,7 +15,7 @@ NATIVE := setup.py $(CSRC)
 EMULATION := build/emulation/libsg_kernels_cuda.so
 
 .PHONY: help demo test test-compiled test-interpreted test-emulated test-triton-3.6 lint sanitize aot build bench compare \
-	bench-check bench-calibrate clean
+	bench-check bench-calibrate gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -81,6 +81,10 @@ bench-check: $(PEERS) ## has a ratio fallen against the committed ones?
 
 bench-calibrate: $(PEERS) ## measures the ratios, and how far they differ, that bench-check holds to
 	$(RUN) -m benchmarks.check --calibrate 5
+
+# With the interpreter that is given, and what it has installed.
+gpu: ## builds, tests and measures on this machine's GPU: PYTHON=python3 RESULTS=dir; DRY=1 rehearses without
+	$(PYTHON) -m benchmarks.gpu $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY),--dry)
 
 clean: ## removes the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info sg_kernels/*.so

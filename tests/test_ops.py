@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import sg_kernels
 from sg_kernels import SaliencyGraft, functional, ops, reference, rng, saliency_graft
 
+pytestmark = pytest.mark.operators
+
 IMAGES = torch.randn(4, 3, 8, 6)
 FEATURES = torch.randn(4, 5, 4, 3)
 MASK = torch.rand(8, 4, 3) > 0.5

@@ -1,0 +1,407 @@
+"""What only a GPU can show: graphs, streams, launches, syncs, memory, huge tensors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sg_kernels
+from sg_kernels import SaliencyGraft, backends, ops, saliency_graft
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+BACKENDS = [name for name in ("triton", "cuda") if name in sg_kernels.available_backends()]
+"""In CI neither runs, and this module only has to import."""
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def batch_of(batch=16, size=32, dtype=torch.float32, channels_last=False, channels=64):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.randn(batch, 3, size, size, device="cuda").to(dtype)
+    features = torch.randn(batch, channels, 7, 7, device="cuda").to(dtype)
+    targets = torch.arange(batch, device="cuda") % 10
+    return (
+        images.contiguous(memory_format=memory_format),
+        features.contiguous(memory_format=memory_format),
+        targets,
+    )
+
+
+def assert_equal(results, expected):
+    for one, other in zip(results, expected, strict=True):
+        assert torch.equal(one.cpu(), other.cpu())
+
+
+def seed_on_device(value):
+    return torch.tensor([value], device="cuda")
+
+
+def captured(call):
+    """``call`` as a CUDA graph, after what it compiles and caches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+def test_a_replayed_graph_draws_what_eager_calls_draw(backend):
+    images, features, targets = batch_of()
+    module = SaliencyGraft(num_classes=10, seed=3, backend=backend).cuda()
+    graph, (mixed, mixed_targets) = captured(lambda: module(images, targets, features=features))
+    index, lam = module.result.index, module.result.lam
+    eager = SaliencyGraft(num_classes=10, seed=3, backend=backend).cuda()
+    eager.step.copy_(module.step)
+    seen = set()
+    for _ in range(4):
+        graph.replay()
+        expected, expected_targets = eager(images, targets, features=features)
+        assert_equal(
+            [mixed, mixed_targets, index, lam],
+            [expected, expected_targets, eager.result.index, eager.result.lam],
+        )
+        seen.add(tuple(index.tolist()))
+    assert len(seen) == 4
+    assert torch.equal(module.step, eager.step)
+
+
+def test_a_replayed_training_step_has_the_gradient_of_its_own_draw(backend):
+    images, features, targets = batch_of()
+    images.requires_grad_()
+    module = SaliencyGraft(num_classes=10, seed=3, backend=backend).cuda()
+
+    def step():
+        mixed, _ = module(images, targets, features=features)
+        return mixed, torch.autograd.grad(mixed, images, torch.ones_like(mixed))[0]
+
+    graph, (_, gradient) = captured(step)
+    mask, index = module.result.mask, module.result.index
+    for _ in range(3):
+        graph.replay()
+        up = F.interpolate(mask[:, None].float(), images.shape[2:], mode="nearest")
+        expected = up.clone()
+        expected[index] += 1 - up
+        torch.testing.assert_close(gradient, expected.expand_as(gradient), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("augmentations", [1, 3])
+def test_no_call_waits_for_the_device(backend, augmentations):
+    images, features, targets = batch_of()
+    images.requires_grad_()
+    index = torch.randperm(16, device="cuda").repeat(augmentations)
+    options = {"targets": targets, "num_classes": 10, "augmentations": augmentations}
+    module = SaliencyGraft(num_classes=10, augmentations=augmentations, backend=backend).cuda()
+
+    def calls():
+        for seed in (None, 5, seed_on_device(5)):
+            result = saliency_graft(images, features, seed=seed, backend=backend, **options)
+            result.images.sum().backward()
+        saliency_graft(images, features, index=index, backend=backend, **options)
+        module(images, targets, features=features)[0].sum().backward()
+
+    calls()  # what is compiled, and the tables that are copied to the device once
+    seeds = seed_on_device(5)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = saliency_graft(images, features, seed=seeds, backend=backend, **options)
+        result.images.sum().backward()
+        saliency_graft(images, features, index=index, backend=backend, **options)
+        module(images, targets, features=features)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def launches(call):
+    call()
+    torch.cuda.synchronize()
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    return [event.name for event in profile.events() if event.device_type == on_device]
+
+
+@pytest.mark.parametrize("batch", [16, 512])
+def test_a_call_takes_two_launches_and_its_gradient_one(backend, batch):
+    images, features, targets = batch_of(batch, size=64)
+    options = {"targets": targets, "num_classes": 10, "seed": seed_on_device(1)}
+    forward = launches(lambda: saliency_graft(images, features, backend=backend, **options))
+    assert len(forward) == 2 or (backend == "cuda" and len(forward) == 1), forward
+    result = saliency_graft(images, features, backend=backend, **options)
+    backward = ops.overload("graft_backward", backend)
+    gradient = launches(lambda: backward(result.images, result.mask, result.index, 1))
+    assert len(gradient) == 1, gradient
+
+
+@pytest.mark.parametrize("batch", [32, 256])
+def test_memory_beyond_the_outputs_is_bounded(backend, batch):
+    images, features, _ = batch_of(batch, size=64)
+
+    def call():
+        return saliency_graft(images, features, seed=1, backend=backend)
+
+    outputs = call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    again = call()
+    extra = torch.cuda.max_memory_allocated() - before
+    kept = sum(-(-t.numel() * t.element_size() // 512) * 512 for t in again if t is not None)
+    assert extra - kept <= (1 << 20) + 8 * outputs.mask.numel()
+
+
+def free_memory():
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+@pytest.mark.skipif(free_memory() < 12 << 30, reason="needs 12 GiB")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_of_more_than_two_to_the_32_bytes(backend, channels_last):
+    batch, size = 1500, 1024  # 4.7e9 bytes, images past 2**32 among them
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.empty(
+        batch, 3, size, size, dtype=torch.uint8, device="cuda", memory_format=memory_format
+    )
+    images.copy_(torch.arange(batch, device="cuda", dtype=torch.uint8)[:, None, None, None])
+    images[:, 1] += 100
+    mask = torch.rand(batch, 4, 4, device="cuda") < 0.5
+    index = torch.randperm(batch, device="cuda")
+    out = sg_kernels.graft(images, mask, index, backend=backend)
+    up = mask.repeat_interleave(size // 4, 1).repeat_interleave(size // 4, 2)
+    for row in (0, 1, 682, 683, 1365, 1366, batch - 1):
+        expected = torch.where(up[row], images[row], images[index[row]])
+        assert torch.equal(out[row], expected), row
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [32, 33, 224])
+def test_the_backends_agree_with_the_reference(backend, dtype, channels_last, size):
+    images, features, targets = batch_of(12, size, dtype, channels_last)
+    features = features.to(torch.bfloat16 if dtype == torch.uint8 else dtype)
+    options = {"targets": targets, "num_classes": 10, "seed": 7, "augmentations": 2}
+    result = saliency_graft(images, features, backend=backend, **options)
+    expected = saliency_graft(
+        images.cpu(), features.cpu(), backend="reference", **{**options, "targets": targets.cpu()}
+    )
+    assert_equal(
+        [result.images, result.index, result.mask],
+        [expected.images, expected.index, expected.mask],
+    )
+    assert result.images.stride() == expected.images.stride()
+    torch.testing.assert_close(result.saliency.cpu(), expected.saliency, rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.lam.cpu(), expected.lam, rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.targets.cpu(), expected.targets, rtol=1e-5, atol=1e-7)
+
+
+def test_the_same_call_gives_the_same_bits(backend):
+    images, features, targets = batch_of(64, channels=512)
+    images.requires_grad_()
+
+    def call():
+        result = saliency_graft(
+            images, features, targets=targets, num_classes=10, seed=2, backend=backend
+        )
+        gradient = torch.autograd.grad(result.images.square().sum(), images)[0]
+        return [*[t.detach().clone() for t in result], gradient]
+
+    first = call()
+    for _ in range(20):
+        assert_equal(call(), first)
+
+
+def test_nothing_is_written_around_out(backend):
+    images, features, _ = batch_of(6, 30)
+    around = torch.full((8, 3, 30, 30), 7.0, device="cuda")
+    result = saliency_graft(images, features, seed=1, out=around[1:7], backend=backend)
+    fresh = saliency_graft(images, features, seed=1, backend=backend)
+    assert torch.equal(around[1:7], fresh.images)
+    assert result.images.data_ptr() == around[1].data_ptr()
+    assert (around[[0, 7]] == 7).all()
+
+
+def test_a_call_runs_on_the_current_stream(backend):
+    images, features, _ = batch_of(64, 64)
+    expected = saliency_graft(images, features, seed=1, backend=backend).images
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(images)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # what is not ordered behind it reads zeros
+        late.copy_(images)
+        result = saliency_graft(late, features, seed=1, backend=backend).images
+    stream.synchronize()
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_call_runs_on_the_device_of_its_tensors(backend):
+    images, features, _ = batch_of()
+    expected = saliency_graft(images, features, seed=1, backend=backend)
+    elsewhere = saliency_graft(images.to("cuda:1"), features.to("cuda:1"), seed=1, backend=backend)
+    assert elsewhere.images.device == torch.device("cuda:1")
+    assert_equal([elsewhere.images, elsewhere.mask], [expected.images, expected.mask])
+
+
+def test_an_index_out_of_range_shows_as_nan(backend):
+    images, features, targets = batch_of(4)
+    index = torch.tensor([1, 9, -1, 0], device="cuda")
+    result = saliency_graft(
+        images, features, index=index, targets=targets, num_classes=10, seed=1, backend=backend
+    )
+    assert result.lam.isnan().tolist() == [False, True, True, False]
+    assert result.targets.isnan().all(1).tolist() == [False, True, True, False]
+    ids = torch.tensor([0, 1, 10, 3], device="cuda")
+    result = saliency_graft(
+        images,
+        features,
+        index=torch.arange(4, device="cuda"),
+        targets=ids,
+        num_classes=10,
+        seed=1,
+        backend=backend,
+    )
+    assert result.lam.isnan().tolist() == [False, False, True, False]
+
+
+def test_debugging_pays_the_sync_and_raises(backend):
+    code = (
+        "import torch, sg_kernels\n"
+        "images = torch.rand(2, 3, 8, 8, device='cuda')\n"
+        "index = torch.tensor([0, 2], device='cuda')\n"
+        f"sg_kernels.saliency_graft(images, images, grid_size=(2, 2), index=index, "
+        f"backend={backend!r})"
+    )
+    environment = {**os.environ, "SG_KERNELS_DEBUG": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert process.returncode != 0
+    assert "ValueError: index" in process.stderr
+
+
+def test_opcheck(backend):
+    images, features, targets = batch_of(4)
+    mask = torch.rand(4, 7, 7, device="cuda") < 0.5
+    index = torch.tensor([1, 2, 3, 0], device="cuda")
+    lam = torch.rand(4, device="cuda")
+    for name, arguments in {
+        "channel_saliency": (features,),
+        "graft": (images, mask, index),
+        "graft_out": (torch.empty_like(images), images, mask, index),
+        "graft_backward": (images, mask, index, 1),
+        "mix_targets": (targets, lam, index, 10, 0.1),
+    }.items():
+        torch.library.opcheck(ops.overload(name, backend), arguments)
+
+
+def test_a_compiled_step_is_the_eager_one(backend):
+    images, features, targets = batch_of()
+    images.requires_grad_()
+
+    def step(images, features, targets, seed):
+        result = saliency_graft(
+            images, features, targets=targets, num_classes=10, seed=seed, backend=backend
+        )
+        return result.images * 2, result.targets
+
+    compiled = torch.compile(step, fullgraph=True)
+    arguments = (images, features, targets, seed_on_device(4))
+    results = [compiled(*arguments), step(*arguments)]
+    assert_equal(*[[t.detach() for t in result] for result in results])
+    gradients = [torch.autograd.grad(mixed.sum(), images)[0] for mixed, _ in results]
+    assert_equal([gradients[0]], [gradients[1]])
+
+
+def test_data_parallel_training_with_nccl(backend):
+    code = f"""
+import torch
+from torch import nn
+import sg_kernels
+torch.distributed.init_process_group("nccl", init_method="tcp://127.0.0.1:29511", rank=0,
+                                     world_size=1)
+body = nn.Conv2d(3, 8, 3, stride=4)
+net = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).cuda()
+graft = sg_kernels.SaliencyGraft(body, num_classes=5, seed=1, backend={backend!r}).cuda()
+net = nn.parallel.DistributedDataParallel(net, device_ids=[0])
+optimizer = torch.optim.SGD(net.parameters(), 0.1)
+for _ in range(3):
+    images, ids = torch.randn(8, 3, 32, 32, device="cuda"), torch.arange(8, device="cuda") % 5
+    with torch.no_grad():
+        net(images)
+    mixed, targets = graft(images, ids)
+    loss = nn.functional.cross_entropy(net(mixed), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+assert graft.step.item() == 3 and loss.isfinite()
+torch.distributed.destroy_process_group()
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_training_on_the_device_of_a_layer_that_is_tapped(backend):
+    torch.manual_seed(0)
+    body = nn.Conv2d(3, 8, 3, stride=4)
+    net = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).cuda()
+    graft = SaliencyGraft(body, num_classes=10, backend=backend).cuda()
+    images, _, targets = batch_of()
+    with torch.no_grad():
+        net(images)
+    mixed, mixed_targets = graft(images, targets)
+    F.cross_entropy(net(mixed), mixed_targets).backward()
+    assert body.weight.grad.isfinite().all()
+    assert body.weight.grad.abs().sum() > 0
+    expected = sg_kernels.channel_saliency(body(images), backend="reference")
+    torch.testing.assert_close(graft.result.saliency, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("options", [{}, {"selection": "topk", "k": 5}, {"grid_size": (3, 5)}])
+@pytest.mark.parametrize("batch", [3, 70])
+def test_a_small_case_of_every_kernel(backend, batch, options):
+    images, features, targets = batch_of(batch, 30, channels=96)
+    images.requires_grad_()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        result = saliency_graft(
+            images.contiguous(memory_format=layout),
+            features.contiguous(memory_format=layout),
+            targets=targets,
+            num_classes=10,
+            seed=3,
+            backend=backend,
+            **options,
+        )
+        result.images.sum().backward()
+        assert result.lam.isfinite().all()
+    ready = saliency_graft(
+        images.detach(), saliency=features.abs().sum(1), seed=3, backend=backend, **options
+    )
+    torch.testing.assert_close(ready.lam, result.lam, rtol=1e-4, atol=1e-5)
+    mixed = sg_kernels.mix_targets(targets, result.lam, result.index, 10, backend=backend)
+    torch.testing.assert_close(mixed, result.targets)
+
+
+def test_the_fallback_is_chosen_where_asked_for():
+    assert backends.choose(None, "cuda") == "triton"
+    if "cuda" in BACKENDS:
+        assert backends.choose("cuda", "cuda") == "cuda"
