@@ -32,7 +32,7 @@ test-compiled: $(STAMP)
 
 # Of what takes the interpreter seconds a case, a few; what is drawn is tested on the compiled backends.
 INTERPRETED := -k triton -m "not slow" --cases $(CASES) \
-	--ignore tests/test_triton.py --ignore tests/test_distribution.py --ignore tests/test_benchmarks.py
+	--ignore tests/test_distribution.py --ignore tests/test_benchmarks.py
 
 test-interpreted: $(STAMP)
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(INTERPRETED)

@@ -11,4 +11,6 @@ compare.py     the run: `make compare`
 report.py, plots.py, readme.py   what is made of a CSV
 check.py       `make bench-check`: today's ratios against the committed ones
 bench_ops.py   `make bench`: every operator under pytest-benchmark
+aot.py, aot_cuda.py   `make aot`: what the compilers make of the kernels, without a GPU
+gpu.py         `make gpu`: everything on a GPU, in one command
 """

@@ -33,7 +33,7 @@ class Part(NamedTuple):
     command: list[str]
     limit: float
     """In seconds."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] | None = None
 
 
 class Outcome(NamedTuple):
@@ -96,7 +96,7 @@ def run(part: Part, logs: Path) -> Outcome:
         with log.open("w") as output:
             process = subprocess.run(
                 part.command,
-                env={**os.environ, **part.environment},
+                env={**os.environ, **(part.environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -104,7 +104,7 @@ def run(part: Part, logs: Path) -> Outcome:
             )
         result = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
     except subprocess.TimeoutExpired:
-        result = f"over {part.limit:.0f} s"
+        result = f"over {part.limit:g} s"
     except OSError as error:
         log.write_text(str(error))
         result = "did not start"

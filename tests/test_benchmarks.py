@@ -22,6 +22,7 @@ from benchmarks import (  # noqa: E402
     cases,
     check,
     compare,
+    gpu,
     measure,
     readme,
     report,
@@ -514,3 +515,21 @@ def test_every_operator_is_benchmarked(capsys):
     devices = [sg_kernels.backends.DEVICES[name] for name in sg_kernels.available_backends()]
     passed = operators * layouts * sum(device in those for those in devices)
     assert f"{passed} passed" in capsys.readouterr().out
+
+
+def test_make_gpu_survives_what_fails_and_what_hangs(tmp_path):
+    python = [sys.executable, "-c"]
+    parts = [
+        gpu.Part("fine", [*python, "print('first'); print('last')"], 30),
+        gpu.Part("failing", [*python, "import sys; print('alas'); sys.exit(3)"], 30),
+        gpu.Part("hanging", [*python, "import time; time.sleep(60)"], 0.5),
+        gpu.Part("missing", ["no-such-program"], 30),
+        gpu.Part("asking", [*python, "import os; print(os.environ['X'])"], 30, {"X": "answer"}),
+    ]
+    outcomes = [gpu.run(part, tmp_path) for part in parts]
+    results = ["passed", "failed (3)", "over 0.5 s", "did not start", "passed"]
+    assert [outcome.result for outcome in outcomes] == results
+    assert [outcome.detail for outcome in outcomes][:2] == ["last", "alas"]
+    assert outcomes[4].detail == "answer"
+    assert (tmp_path / "fine.log").read_text() == "first\nlast\n"
+    assert len(gpu.table(outcomes).splitlines()) == 6

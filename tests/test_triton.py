@@ -3,15 +3,18 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import triton
+import triton.language as tl
+from test_rng import KNOWN_ANSWERS, hex_words
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from sg_kernels import backends
-from sg_kernels.kernels import launch, operators, table
+from sg_kernels import backends, reference, rng
+from sg_kernels.kernels import launch, operators, philox, table
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -233,3 +236,43 @@ def test_no_window_is_larger_than_its_bound(size):
         windows = [-(-(g + 1) * size // grid) - g * size // grid for g in range(grid)]
         assert max(windows) <= table.window(size, grid)
     assert table.window(size, size + 1) == 1
+
+
+def test_what_32_bits_do_not_count_runs_on_the_reference(launched, monkeypatch):
+    images, mask = torch.rand(4, 3, 8, 8), torch.rand(4, 2, 2) < 0.5
+    index = torch.tensor([1, 2, 3, 0])
+    expected = reference.graft(images, mask, index)
+    gradient = reference.graft_backward(images, mask, index, 1)
+    assert not operators._too_long(meta(1, 3, 2**15, 2**15), 64, 64)
+    assert operators._too_long(meta(1, 1, 1, 2**16), 1, 2**15)
+    monkeypatch.setattr(table, "MAX_PRODUCT", 10)
+    assert torch.equal(operators.graft(images, mask, index), expected)
+    assert torch.equal(operators.graft_backward(images, mask, index, 1), gradient)
+    whole = saliency_graft(
+        images,
+        features=images,
+        seed=torch.tensor([1]),
+        step=None,
+        **{"quantiles": rng.beta_quantiles(1.0), "grid_size": (2, 2)},
+    )
+    assert torch.equal(whole[0], reference.graft(images, whole[3], whole[2]))
+    assert launched == []
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="no compiled kernel runs on the CPU")
+@pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
+def test_philox_gives_the_known_answers(counter, key, output):
+    low, high = hex_words(key)
+    seed = torch.tensor(np.uint64(low | high << 32).astype(np.int64))
+    words = torch.empty(4, dtype=torch.int64)
+    store_words[(1,)](words, seed, *hex_words(counter))
+    assert tuple(words.tolist()) == hex_words(output)
+
+
+@triton.jit
+def store_words(out, seed, block, row, draw, stream):
+    w0, w1, w2, w3 = philox.words(block, row, draw, stream, tl.load(seed))
+    tl.store(out + 0, w0.to(tl.int64))
+    tl.store(out + 1, w1.to(tl.int64))
+    tl.store(out + 2, w2.to(tl.int64))
+    tl.store(out + 3, w3.to(tl.int64))

@@ -134,10 +134,18 @@ def graft(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
     return out
 
 
+def _too_long(images: Tensor, gh: int, gw: int) -> bool:
+    channels, height, width = images.shape[1:]
+    return max(width * channels * gw, height * gh, channels * height) > table.MAX_PRODUCT
+
+
 def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
     if out.numel() == 0:
         return
     gh, gw = mask.shape[1:]
+    if _too_long(images, gh, gw):
+        reference.graft(images, mask, index, out)
+        return
     tile = _tile(images, out, (gh, gw), arithmetic=False)
     with _on(images):
         launch(
@@ -165,7 +173,9 @@ def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
 
 
 def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int) -> Tensor:
-    rows = grad.shape[0]
+    rows, gh, gw = mask.shape
+    if _too_long(grad, gh, gw):
+        return reference.graft_backward(grad, mask, index, augmentations)
     out = reference.empty_rows(grad, rows // augmentations)
     if grad.is_complex():  # the real and the imaginary numbers, each a strided batch
         _graft_backward(grad.real, mask, index, out.real)
@@ -242,7 +252,7 @@ def saliency_graft(images: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def saliency_graft_out(out: Tensor, images: Tensor, *args: Any) -> tuple[Tensor, ...]:
     gh, gw = args[8]
-    if gh * gw <= table.MAX_CELLS:
+    if gh * gw <= table.MAX_CELLS and not _too_long(images, gh, gw):
         return _saliency_graft_out(out, images, *args)
     _, lam, index, *rest = reference.saliency_graft(images, *args, out=out)  # type: ignore[misc]
     return lam, index.clone(), *rest

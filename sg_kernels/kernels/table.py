@@ -21,6 +21,9 @@ MAX_TERMS_IN_LAUNCH_2 = 64
 MAX_CELLS = 4096
 """Up to so many one program holds; finer grids, as of 65 x 64, run on the reference."""
 
+MAX_PRODUCT = 2**31 - 1
+"""Of a side of the images and its cells: kernels reckon cells in 32 bits. Beyond, the reference."""
+
 THREADS = 128
 """Of a program, unless it holds more cells than MAX_CELLS_IN_LAUNCH_2."""
 PROGRAMS_1 = 1024
