@@ -46,18 +46,6 @@ SG_HOST_DEVICE inline Int first_pixel(Int cell, Int size, Int grid) {
   return (cell * size + grid - 1) / grid;
 }
 
-// The value of cell (cy, cx) of the grid `to`, from a map whose value i is map(i).
-template <class Map>
-SG_HOST_DEVICE inline float resample(
-    const Map& map, Grid from, Grid to, std::int64_t cy, std::int64_t cx) {
-  const Window<std::int64_t> rows = window(cy, from.height, to.height);
-  const Window<std::int64_t> columns = window(cx, from.width, to.width);
-  float sum = 0.0f;
-  for (std::int64_t y = rows.begin; y < rows.end; ++y)
-    for (std::int64_t x = columns.begin; x < columns.end; ++x) sum += map(y * from.width + x);
-  return sum / static_cast<float>((rows.end - rows.begin) * (columns.end - columns.begin));
-}
-
 // A ready map's value: what is not >= 0 counts as NaN, so its sample keeps nothing.
 SG_HOST_DEVICE inline float checked_saliency(float value) { return value >= 0.0f ? value : NAN; }
 

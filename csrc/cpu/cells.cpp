@@ -24,11 +24,24 @@ void pairing(
     index[holder(rank)] = no_fixed_points ? holder(rank + 1) : rank;
 }
 
-void resample(const float* map, Grid from, float* grid, Grid to) {
-  for (std::int64_t y = 0; y < to.height; ++y)
-    for (std::int64_t x = 0; x < to.width; ++x)
-      grid[y * to.width + x] =
-          sg_kernels::resample([map](std::int64_t i) { return map[i]; }, from, to, y, x);
+Resampling::Resampling(Grid from, Grid to) : width_(from.width) {
+  for (std::int64_t y = 0; y < to.height; ++y) rows_.push_back(window(y, from.height, to.height));
+  for (std::int64_t x = 0; x < to.width; ++x) columns_.push_back(window(x, from.width, to.width));
+}
+
+void Resampling::operator()(const float* map, float* grid) const {
+  for (const Window<std::int64_t>& rows : rows_)
+    for (const Window<std::int64_t>& columns : columns_) {
+      const std::int64_t count = (rows.end - rows.begin) * (columns.end - columns.begin);
+      if (count == 1) {
+        *grid++ = map[rows.begin * width_ + columns.begin];
+        continue;
+      }
+      float sum = 0.0f;
+      for (std::int64_t y = rows.begin; y < rows.end; ++y)
+        for (std::int64_t x = columns.begin; x < columns.end; ++x) sum += map[y * width_ + x];
+      *grid++ = sum / static_cast<float>(count);
+    }
 }
 
 namespace {

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "../kernels.h"
 
@@ -31,8 +32,18 @@ void pairing(
     std::uint64_t seed, std::int64_t draw, std::int64_t batch, bool no_fixed_points,
     std::int64_t* index);
 
+// Stage 2; which values make a cell is worked out once for all samples.
+class Resampling {
+ public:
+  Resampling(Grid from, Grid to);
+  void operator()(const float* map, float* grid) const;
+
+ private:
+  std::int64_t width_;
+  std::vector<Window<std::int64_t>> rows_, columns_;
+};
+
 // One sample:
-void resample(const float* map, Grid from, float* grid, Grid to);
 void select(const float* grid, std::int64_t cells, const Selection& selection, bool* keep);
 
 // One row, image `own` onto image `other`, both in range:

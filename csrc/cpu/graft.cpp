@@ -78,6 +78,13 @@ bool is_streamed(
 #endif
 }
 
+// The last step overlaps the one before.
+template <std::int64_t kBytes>
+inline void copy_steps(char* to, const char* from, std::int64_t bytes) {
+  for (std::int64_t i = 0; i + kBytes < bytes; i += kBytes) std::memcpy(to + i, from + i, kBytes);
+  std::memcpy(to + bytes - kBytes, from + bytes - kBytes, kBytes);
+}
+
 inline void copy_bytes(
     char* to, const char* from, std::int64_t bytes, [[maybe_unused]] bool stream) {
 #ifdef __SSE2__
@@ -91,12 +98,16 @@ inline void copy_bytes(
 #endif
   // A run of a small image is shorter than the call of memcpy.
   constexpr std::int64_t kShort = 128;
-  if (bytes < kStep || bytes > kShort) {
+  if (bytes > kShort)
     std::memcpy(to, from, bytes);
-    return;
-  }
-  for (std::int64_t i = 0; i + kStep < bytes; i += kStep) std::memcpy(to + i, from + i, kStep);
-  std::memcpy(to + bytes - kStep, from + bytes - kStep, kStep);
+  else if (bytes >= kStep)
+    copy_steps<kStep>(to, from, bytes);
+  else if (bytes >= 8)
+    copy_steps<8>(to, from, bytes);
+  else if (bytes >= 4)
+    copy_steps<4>(to, from, bytes);
+  else
+    copy_steps<1>(to, from, bytes);
 }
 
 // Fetches the destination whole, not only the runs that are copied from it: it is the next row's
@@ -106,6 +117,22 @@ void prefetch(const char* from, std::int64_t bytes) {
   constexpr std::int64_t kCacheLine = 64;
   for (std::int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(from + i);
 #endif
+}
+
+// Of every byte of a line, all bits: set where it comes from the source.
+void spread_runs(const std::vector<Run>& runs, std::int64_t pixel, std::vector<char>& taken) {
+  taken.resize(runs.back().end * pixel);
+  for (const Run& run : runs)
+    std::fill(
+        taken.begin() + run.begin * pixel, taken.begin() + run.end * pixel,
+        static_cast<char>(run.own ? -1 : 0));
+}
+
+void blend(
+    char* __restrict to, const char* __restrict own, const char* __restrict other,
+    const char* __restrict taken, std::int64_t bytes) {
+  for (std::int64_t i = 0; i < bytes; ++i)
+    to[i] = static_cast<char>((own[i] & taken[i]) | (other[i] & ~taken[i]));
 }
 
 void finish_streams() {
@@ -162,10 +189,15 @@ class Grafter {
  private:
   // Lines [begin, end), which all have the same runs.
   void graft_band(
-      char* to, const char* own, const char* other, std::int64_t begin, std::int64_t end) const {
+      char* to, const char* own, const char* other, std::int64_t begin, std::int64_t end) {
     const std::int64_t line = lines_.width * lines_.pixel;
     const bool one_block =
         runs_.size() == 1 && lines_.dense && out_.row_stride == line && images_.row_stride == line;
+    // Where a run is so short, reading both images is faster than guessing how short.
+    constexpr std::int64_t kBlended = 48;
+    const bool blended =
+        lines_.dense && !stream_ && line < kBlended * static_cast<std::int64_t>(runs_.size());
+    if (blended) spread_runs(runs_, lines_.pixel, taken_);
     for (std::int64_t c = 0; c < lines_.channels; ++c) {
       const std::int64_t from_plane = c * images_.channel_stride;
       char* to_plane = to + c * out_.channel_stride;
@@ -178,6 +210,10 @@ class Grafter {
         const std::int64_t from_line = from_plane + y * images_.row_stride;
         if (stream_) prefetch(other + from_line + kLinesAhead * images_.row_stride, line);
         char* to_line = to_plane + y * out_.row_stride;
+        if (blended) {
+          blend(to_line, own + from_line, other + from_line, taken_.data(), line);
+          continue;
+        }
         for (const Run& run : runs_) {
           const char* from =
               (run.own ? own : other) + from_line + run.begin * images_.column_stride;
@@ -200,6 +236,7 @@ class Grafter {
   Lines lines_;
   bool stream_;
   std::vector<Run> runs_;
+  std::vector<char> taken_;
 };
 
 // The rows in an order in which a row's destination is the next row's source, which the caches then
@@ -356,17 +393,18 @@ std::uint64_t advance(const Seed& seed) {
 void graft_rows(const Inputs& inputs, const Sampling& sampling, const Outputs& outputs) {
   const Grid map = inputs.map, grid = inputs.grid;
   const std::int64_t cells = grid.cells(), classes = inputs.targets.classes;
-  const std::size_t resampled = map.height != grid.height || map.width != grid.width ? cells : 0;
+  const bool resampled = map.height != grid.height || map.width != grid.width;
+  const Resampling resample(map, grid);
   const auto make_row = [&] {
     return Row{
-        Grafter(inputs.images, grid, outputs.images), std::vector<float>(resampled),
-        std::vector<float>(resampled), std::make_unique<bool[]>(cells),
+        Grafter(inputs.images, grid, outputs.images), std::vector<float>(resampled ? cells : 0),
+        std::vector<float>(resampled ? cells : 0), std::make_unique<bool[]>(cells),
         std::make_unique<bool[]>(cells)};
   };
   const auto on_grid = [&](std::int64_t b, std::vector<float>& storage) {
     const float* own = outputs.saliency + b * map.cells();
-    if (storage.empty()) return own;
-    resample(own, map, storage.data(), grid);
+    if (!resampled) return own;
+    resample(own, storage.data());
     return static_cast<const float*>(storage.data());
   };
   const auto graft_strip = [&](std::int64_t r, std::int64_t own, std::int64_t other, bool valid,
