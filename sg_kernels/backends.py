@@ -1,6 +1,7 @@
 """Which backends there are, which of them run here, and which one a call gets."""
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -41,7 +42,13 @@ def _load_cuda() -> str | None:
     return _load(CUDA_LIBRARY) if torch.version.cuda else "this PyTorch is built without CUDA"
 
 
-_UNLOADED = {"cpp": _load(CPP_LIBRARY), "cuda": _load_cuda()}
+def _no_compiler() -> str | None:
+    if INTERPRETED or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return "Triton needs a C compiler, and finds neither gcc nor clang; CC names another"
+
+
+_UNLOADED = {"triton": _no_compiler(), "cpp": _load(CPP_LIBRARY), "cuda": _load_cuda()}
 
 if _UNLOADED["cpp"]:
     warnings.warn(
@@ -89,10 +96,12 @@ def choose(backend: str | None, device_type: str) -> str:
         asked, origin = ENVIRONMENT_CHOICE, "SG_KERNELS_BACKEND"
     if asked is None:
         # Tensors on the device exist, so only a library that did not load can be in the way.
-        for name in DEFAULTS.get(device_type, ()):
+        preferred = DEFAULTS.get(device_type, ())
+        for name in preferred:
             if not _UNLOADED.get(name):
                 return name
-        raise RuntimeError(f"no backend takes tensors on {device_type!r}")
+        reasons = "".join(f"; {name}: {_UNLOADED[name]}" for name in preferred)
+        raise RuntimeError(f"no backend takes tensors on {device_type!r}{reasons}")
     if not isinstance(asked, str) or asked not in DEVICES:
         raise ValueError(f"{origin} must be one of {', '.join(DEVICES)}; got {asked!r}")
     if device_type in DEVICES[asked] and not _UNLOADED.get(asked):

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -113,6 +114,44 @@ def test_a_device_without_a_backend_is_refused(monkeypatch):
     monkeypatch.setattr(backends, "ENVIRONMENT_CHOICE", None)
     with pytest.raises(RuntimeError, match="no backend takes tensors on 'meta'"):
         backends.choose(None, "meta")
+
+
+def test_where_neither_of_a_devices_backends_runs_both_reasons_are_given(monkeypatch):
+    monkeypatch.setattr(backends, "ENVIRONMENT_CHOICE", None)
+    monkeypatch.setitem(backends._UNLOADED, "triton", "no compiler")
+    monkeypatch.setitem(backends._UNLOADED, "cuda", None)
+    assert backends.choose(None, "cuda") == "cuda"
+    monkeypatch.setitem(backends._UNLOADED, "cuda", "not built")
+    with pytest.raises(RuntimeError, match="'cuda'; triton: no compiler; cuda: not built"):
+        backends.choose(None, "cuda")
+
+
+def test_without_a_c_compiler_triton_says_so(tmp_path):
+    code = "from sg_kernels import backends; print(backends.unavailable_backends()['triton'])"
+    assert (
+        "Triton needs a C compiler"
+        in run(code, PATH=str(tmp_path), CC="", TRITON_INTERPRET="0").stdout
+    )
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("complaint", [None, "The NVIDIA driver on your system is too old"])
+def test_without_a_device_a_backend_says_so_and_what_pytorch_complains_of(
+    monkeypatch, name, complaint
+):
+    def is_available():
+        if complaint:
+            warnings.warn(complaint, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setitem(backends.DEVICES, name, ("cuda",))
+    monkeypatch.setitem(backends._UNLOADED, name, None)
+    reason = sg_kernels.unavailable_backends()[name]
+    assert reason.startswith("no CUDA device")
+    assert complaint is None or complaint in reason
+    assert name not in sg_kernels.available_backends()
 
 
 @pytest.mark.operators
