@@ -195,7 +195,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
     return triton.compile(
         ASTSource(launch.function, signature, constexprs=constants),
         target=TARGETS[target],
-        options={"num_warps": launch.threads // TARGETS[target].warp_size, **OPTIONS},
+        options={"num_warps": max(1, launch.threads // TARGETS[target].warp_size), **OPTIONS},
     )
 
 

@@ -11,6 +11,9 @@ namespace sg_kernels {
 enum class Normalize { kMax, kMean, kNone };
 enum class Norm { kL1, kL2, kL2Squared, kArea };
 
+// A map whose least value is at least this share of its peak is constant: see reference.py.
+constexpr float kFlat = 1.0f - 1.0f / 65536.0f;
+
 struct Grid {
   std::int64_t height, width;
   SG_HOST_DEVICE std::int64_t cells() const { return height * width; }

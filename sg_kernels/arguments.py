@@ -22,7 +22,7 @@ DEBUG = os.environ.get("SG_KERNELS_DEBUG", "0") not in ("", "0")
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class Options:
     """The options of a call that are not tensors; saliency_graft says what they mean."""
 
@@ -50,9 +50,8 @@ class Options:
             raise ValueError(f"temperature must be a finite number > 0; got {self.temperature!r}")
         if self.normalize not in ("max", "mean", "none"):
             raise ValueError(f"normalize must be 'max', 'mean' or 'none'; got {self.normalize!r}")
-        if self.threshold != "mean" and not (
-            _is_number(self.threshold) and 0 <= self.threshold < 1
-        ):
+        named = isinstance(self.threshold, str) and self.threshold == "mean"
+        if not (named or (_is_number(self.threshold) and 0 <= self.threshold < 1)):
             raise ValueError(f"threshold must be 'mean' or in [0, 1); got {self.threshold!r}")
         if not (_is_number(self.alpha) and 0 < self.alpha < math.inf):
             raise ValueError(f"alpha must be a finite number > 0; got {self.alpha!r}")
@@ -220,7 +219,10 @@ def seed_tensor(seed: Any) -> Tensor:
         return seed.reshape(1)
     if not (_is_int(seed) and -(1 << 63) <= seed < 1 << 64):
         raise ValueError(f"seed must be an int of 64 bits; got {seed!r}")
-    return torch.tensor([seed if seed < 1 << 63 else seed - (1 << 64)])
+    if isinstance(seed, np.integer):
+        seed = int(seed)
+    signed = seed if seed < 1 << 63 else seed - (1 << 64)
+    return torch.tensor([signed], dtype=torch.int64, device="cpu")
 
 
 def sizes(grid_size: Any, own: tuple[int, int]) -> tuple[tuple[int, int], ...]:
@@ -244,7 +246,7 @@ def _is_sizes(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (float, int, np.floating)) and not isinstance(value, bool)
+    return isinstance(value, (float, int, np.floating, np.integer)) and not isinstance(value, bool)
 
 
 def _is_int(value: Any) -> TypeGuard[int]:
@@ -257,4 +259,7 @@ def _check_probability(name: str, value: Any) -> None:
 
 
 def _values_are_checked(values: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and (DEBUG or values.device.type == "cpu")
+    """Not of a tensor without values, of a mode that traces, nor of one that it takes a sync of."""
+    if torch.compiler.is_compiling() or type(values) not in (Tensor, torch.nn.Parameter):
+        return False
+    return DEBUG or values.device.type == "cpu"

@@ -207,6 +207,7 @@ def graft(
     if out is not None:
         arguments.check_out(out, images, rows)
         ops.overload("graft_out", name)(out, images, mask, index)
+        _mark_written(out)
         return out
     if torch.is_grad_enabled() and images.requires_grad:
         return ops.Graft.apply(images, mask, index, name)
@@ -276,7 +277,9 @@ def mix_criterion(
     if targets.dim() == 0 or targets.shape[0] != batch:
         raise ValueError(f"targets must have B = {batch} rows; got {tuple(targets.shape)}")
     own = targets.repeat(rows // max(batch, 1), *[1] * (targets.dim() - 1))
-    loss_own, loss_other = criterion(logits, own), criterion(logits, targets[result.index])
+    # Where an index is out of range lam is NaN, so any row will do.
+    other = targets[result.index.clamp(0, max(batch - 1, 0))]
+    loss_own, loss_other = criterion(logits, own), criterion(logits, other)
     if loss_own.dim() == 0 or loss_own.shape[0] != rows:
         raise ValueError(
             f"criterion must give one loss a row (reduction='none'), ({rows}, ...); "
@@ -284,6 +287,12 @@ def mix_criterion(
         )
     lam = result.lam.reshape(-1, *[1] * (loss_own.dim() - 1))
     return (lam * loss_own + (1 - lam) * loss_other).mean()
+
+
+def _mark_written(out: Tensor) -> None:
+    """Lets autograd refuse a graph that saved ``out``; operators of one's own do not."""
+    if not (torch.compiler.is_compiling() or out.is_inference()):
+        torch.autograd.graph.increment_version(out)
 
 
 def run(
@@ -303,7 +312,7 @@ def run(
 
     With ``step``, int64 (1,), which the call advances, the call's seed is
     ``rng.call_seed(seed, step, rank)``, and ``draw_grid_seed`` gives it as an int. Both draws come
-    after the checks, so a refused call consumes no randomness.
+    after the checks, so what they refuse consumes no randomness.
     """
     arguments.check_tensor("images", images, "(B, C, H, W)", 4)
     batch, device = images.shape[0], images.device
@@ -361,7 +370,7 @@ def run(
         seed,
         step,
         rank,
-        _quantiles(options.alpha, options.keep_prob, device),
+        ops.quantiles(options.alpha, options.keep_prob, device),
         grid_size,
         options.temperature,
         options.normalize,
@@ -376,32 +385,10 @@ def run(
     )
     if out is not None:
         outputs = (out, *ops.overload("saliency_graft_out", backend)(out, images, *args))
+        _mark_written(out)
     elif torch.is_grad_enabled() and images.requires_grad:
         outputs = ops.SaliencyGraft.apply(images, backend, *args)
     else:
         outputs = ops.overload("saliency_graft", backend)(images, *args)
     grafted, lam, index, mask, saliency, mixed = outputs
     return GraftResult(grafted, lam, index, mask, saliency, None if targets is None else mixed)
-
-
-_tables: dict[tuple[float, float | None, torch.device], Tensor] = {}
-
-
-def _quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> Tensor:
-    key = (alpha, keep_prob, device)
-    table = _tables.get(key)
-    if table is None:
-        # As a ratio: a compiler that holds the number for a symbol would not pass it on as it is.
-        p = alpha if keep_prob is None else keep_prob
-        table = _build_quantiles(p.as_integer_ratio(), keep_prob is not None, device)
-        if not torch.compiler.is_compiling():
-            if len(_tables) >= 64:  # a schedule of alpha or keep_prob must not grow it for ever
-                _tables.clear()
-            _tables[key] = table
-    return table
-
-
-@torch.compiler.assume_constant_result
-def _build_quantiles(ratio: tuple[int, int], fixed: bool, device: torch.device) -> Tensor:
-    p = ratio[0] / ratio[1]
-    return (rng.fixed_quantiles(p) if fixed else rng.beta_quantiles(p)).to(device)

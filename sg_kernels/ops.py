@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sg_kernels import backends, reference
+from sg_kernels import backends, reference, rng
 from sg_kernels.kernels.operators import OPERATORS as TRITON
 
 _GRAFT = "Tensor images, Tensor mask, Tensor index"
@@ -125,22 +125,54 @@ for _name, _schema in SCHEMAS.items():
     for _device in backends.DEVICES["triton"]:
         _library.impl(f"{_name}.triton", TRITON[_name], _device.upper())
 
-_library.define("draw_seed() -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-torch.library.register_fake(
-    "sg_kernels::draw_seed", lambda: torch.empty(1, dtype=torch.int64), lib=_library
-)
+_library.define("draw_seed(Tensor blank) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+torch.library.register_fake("sg_kernels::draw_seed", torch.empty_like, lib=_library)
+_library.impl("draw_seed", lambda blank: blank.clone().random_(), "CompositeExplicitAutograd")
 
 
 def draw_seed(generator: torch.Generator | None = None) -> Tensor:
     """A fresh seed, int64 (1,), on the generator's device."""
+    device = "cpu" if generator is None else generator.device
+    blank = torch.empty(1, dtype=torch.int64, device=device)
     if generator is None and torch.compiler.is_compiling():
         # An operator, so that a compiled graph draws what eager code draws from torch's generator.
-        return torch.ops.sg_kernels.draw_seed()
-    device = "cpu" if generator is None else generator.device
-    return torch.empty(1, dtype=torch.int64, device=device).random_(generator=generator)
+        # Two calls would be merged into one, were it not for what each is given.
+        return torch.ops.sg_kernels.draw_seed(blank)
+    return blank.random_(generator=generator)
 
 
-_library.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
+_library.define("quantiles(float alpha, float? keep_prob, Device device) -> Tensor")
+
+
+@torch.library.register_fake("sg_kernels::quantiles", lib=_library)
+def _fake_quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> Tensor:
+    entries = rng.QUANTILE_BINS + 1 if keep_prob is None else 2
+    return torch.empty(entries, dtype=torch.int64, device=device)
+
+
+_tables: dict[tuple[float, float | None, torch.device], Tensor] = {}
+
+
+def quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> Tensor:
+    """The table that p is drawn from, see :mod:`sg_kernels.rng`: int64, kept from call to call."""
+    if torch.compiler.is_compiling():
+        return torch.ops.sg_kernels.quantiles(alpha, keep_prob, device)
+    key = (alpha, keep_prob, device)
+    table = _tables.get(key)
+    if table is None:
+        if keep_prob is None:
+            table = rng.beta_quantiles(alpha).to(device)
+        else:
+            table = rng.fixed_quantiles(keep_prob).to(device)
+        if type(table) is Tensor:  # not one without values, of a mode that traces
+            if len(_tables) >= 64:  # a schedule of alpha or keep_prob must not grow it for ever
+                _tables.clear()
+            _tables[key] = table
+    return table
+
+
+# Compilers take an operator's output for their own, and may write to it.
+_library.impl("quantiles", lambda *args: quantiles(*args).clone(), "CompositeExplicitAutograd")
 
 
 def overload(name: str, backend: str) -> Any:
@@ -156,11 +188,14 @@ class Graft(torch.autograd.Function):
     """The graft operator with its gradient, and that gradient's."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, mask: Tensor, index: Tensor, backend: str) -> Tensor:
-        ctx.save_for_backward(mask, index)
-        ctx.backend = backend
-        ctx.augmentations = _augmentations(mask.shape[0], images.shape[0])
+    def forward(images: Tensor, mask: Tensor, index: Tensor, backend: str) -> Tensor:
         return overload("graft", backend)(images, mask, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        images, mask, index, ctx.backend = inputs
+        ctx.save_for_backward(mask, index)
+        ctx.augmentations = _augmentations(mask.shape[0], images.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -178,11 +213,14 @@ class GraftBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grad: Tensor, mask: Tensor, index: Tensor, augmentations: int, backend: str
+        grad: Tensor, mask: Tensor, index: Tensor, augmentations: int, backend: str
     ) -> Tensor:
-        ctx.save_for_backward(mask, index)
-        ctx.backend = backend
         return overload("graft_backward", backend)(grad, mask, index, augmentations)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, mask, index, _, ctx.backend = inputs
+        ctx.save_for_backward(mask, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -193,15 +231,17 @@ class SaliencyGraft(torch.autograd.Function):
     """The saliency_graft operator, differentiable with respect to the images."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, backend: str, *args: Any) -> tuple[Tensor, ...]:
-        outputs = overload("saliency_graft", backend)(images, *args)
-        _, lam, index, mask, saliency, targets = outputs
+    def forward(images: Tensor, backend: str, *args: Any) -> tuple[Tensor, ...]:
+        return overload("saliency_graft", backend)(images, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        images, ctx.backend, *args = inputs
+        _, lam, index, mask, saliency, targets = output
         ctx.save_for_backward(mask, index)
         ctx.mark_non_differentiable(lam, index, mask, saliency, targets)
-        ctx.backend = backend
         ctx.augmentations = _augmentations(mask.shape[0], images.shape[0])
         ctx.num_args = len(args)
-        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:

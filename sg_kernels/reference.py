@@ -16,6 +16,9 @@ from sg_kernels import rng
 
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 """torch 2.10 can neither index nor select the wide unsigned dtypes."""
+FLAT = 1 - 2**-16
+"""A map whose least value is at least this share of its peak is constant: averages of equal values
+differ by rounding."""
 
 
 def channel_saliency(features: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ def select(
     if k is None:
         peak = flat.amax(1, keepdim=True)
         e = torch.exp((flat - peak) / normalize_scale(saliency, normalize) / temperature)
-        keep = (e > threshold * e.sum(1, keepdim=True)) & (flat.amin(1, keepdim=True) < peak)
+        keep = (e > threshold * e.sum(1, keepdim=True)) & (flat.amin(1, keepdim=True) < peak * FLAT)
     else:
         ranking = flat.argsort(dim=1, descending=True, stable=True)
         keep = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, ranking[:, :k], True)

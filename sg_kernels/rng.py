@@ -116,12 +116,12 @@ def beta_quantiles(alpha: float) -> Tensor:
     Any ``alpha`` > 0. :func:`keep_threshold` interpolates between the nodes, so the CDF of what is
     drawn is nowhere off by 1/1024, but that a p within 2**-25 of 0 or 1 becomes 0 or 1.
     """
-    return torch.tensor(_beta_quantiles(alpha))
+    return torch.tensor(_beta_quantiles(alpha), device="cpu")
 
 
 def fixed_quantiles(keep_prob: float) -> Tensor:
     """The table of a constant p: one bin, int64 (2,)."""
-    return torch.full((2,), int(keep_prob * ONE))
+    return torch.full((2,), int(keep_prob * ONE), device="cpu")
 
 
 def keep_threshold(word: Tensor, quantiles: Tensor) -> Tensor:

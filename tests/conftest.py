@@ -23,22 +23,52 @@ if emulation := os.environ.get("SG_KERNELS_EMULATION"):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cases", type=int, help="run so many cases of each test, evenly chosen")
+    parser.addoption("--cases", type=int, help="run about so many cases of each test")
+    parser.addoption("--shard", help="i/n: run the i-th of n parts, counted from 0")
+
+
+LEFT_OUT = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    most = config.getoption("cases")
-    if not most:
-        return
-    cases = {}
-    for item in items:
-        cases.setdefault(item.nodeid.split("[")[0], []).append(item)
-    chosen = {
-        item for group in cases.values() for item in group[:: max(1, len(group) // most)][:most]
-    }
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = [item for item in items if item in chosen]
+    chosen = items
+    if most := config.getoption("cases"):
+        tests = {}
+        for item in items:
+            tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+        chosen = [case for cases in tests.values() for case in few_of(cases, most)]
+    config.stash[LEFT_OUT] = len(items) - len(chosen)
+    if shard := config.getoption("shard"):
+        i, n = map(int, shard.split("/"))
+        chosen = chosen[i::n]
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def pytest_report_collectionfinish(config):
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        return f"--cases {config.getoption('cases')} left out {left_out} cases"
+
+
+def few_of(cases, most):
+    """So many, evenly spread; more where every value of every parameter takes more."""
+    values = [
+        {(name, repr(value)) for name, value in case.callspec.params.items()}
+        if hasattr(case, "callspec")
+        else set()
+        for case in cases
+    ]
+    rest, chosen, missing = list(range(len(cases))), [], set().union(*values)
+    while missing:
+        best = max(rest, key=lambda i: len(values[i] & missing))
+        missing -= values[best]
+        rest.remove(best)
+        chosen.append(best)
+    more = min(most - len(chosen), len(rest))
+    chosen += [rest[i * len(rest) // more] for i in range(more)]
+    return [cases[i] for i in sorted(chosen)]
 
 
 @pytest.fixture(params=sg_kernels.available_backends())

@@ -174,11 +174,19 @@ def test_a_sample_that_is_not_finite_grafts_nothing_and_weighs_by_area(backend, 
     torch.testing.assert_close(result.lam[[1, 3]], area[[1, 3]])
 
 
-def test_a_constant_map_grafts_nothing(backend):
-    images, features = batch_of()
-    index = torch.tensor([1, 2, 3, 0])
-    features = torch.ones_like(features)
-    result = saliency_graft(images, features, index=index, seed=1, backend=backend)
+@pytest.mark.parametrize("grid_size", [None, (4, 4), (5, 2)])
+@pytest.mark.parametrize("value", [0.0, 1.0, 1 / 3, 7.7, 1e-30])
+def test_a_constant_map_grafts_nothing(backend, value, grid_size):
+    images, index = torch.randn(4, 3, 8, 8), torch.tensor([1, 2, 3, 0])
+    result = saliency_graft(
+        images,
+        saliency=torch.full((4, 7, 7), value),
+        index=index,
+        grid_size=grid_size,
+        threshold=0.01,
+        seed=1,
+        backend=backend,
+    )
     assert_same_bits(result.images, images[index])
     assert result.lam.tolist() == [0.0] * 4
 

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import sg_kernels
-from sg_kernels import SaliencyGraft, functional, ops, reference, rng, saliency_graft
+from sg_kernels import SaliencyGraft, ops, reference, rng, saliency_graft
 
 pytestmark = pytest.mark.operators
 
@@ -93,7 +93,13 @@ def test_opcheck(backend, name, arguments):
 def test_opcheck_draw_seed():
     # its values are random, so the eager and the traced one have no reason to be the same
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.sg_kernels.draw_seed.default, (), test_utils=checks)
+    blank = torch.empty(1, dtype=torch.int64)
+    torch.library.opcheck(torch.ops.sg_kernels.draw_seed.default, (blank,), test_utils=checks)
+
+
+def test_opcheck_quantiles():
+    for arguments in ((0.7, None, CPU), (1.0, 0.3, CPU)):
+        torch.library.opcheck(torch.ops.sg_kernels.quantiles.default, arguments)
 
 
 def test_step_goes_up_by_one_and_nothing_else_changes(backend):
@@ -203,11 +209,14 @@ class Step(nn.Module):
         return loss, *result
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.fixture
 def fresh():
     """As in a process that has neither compiled nor called anything yet."""
     torch.compiler.reset()
-    functional._tables.clear()
+    ops._tables.clear()
 
 
 def inputs(batch=5):
@@ -251,6 +260,63 @@ def test_compiled_draws_anew_each_call(backend, fresh):
     masks = [step(*arguments)[4] for _ in range(3)]
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[1], masks[2])
+
+
+def test_two_calls_in_one_compiled_step_draw_apart(backend, fresh):
+    images, features, _ = inputs()
+
+    def step(weight, alpha):
+        first = saliency_graft(images * weight, features, backend=backend)
+        second = saliency_graft(images * weight, features, alpha=0.5, backend=backend)
+        return (first.images + second.images).sum(), first, second
+
+    results = []
+    for call in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        weight = torch.ones((), requires_grad=True)
+        torch.manual_seed(3)
+        loss, first, second = call(weight, 0.5)
+        assert not torch.equal(first.mask, second.mask)
+        results.append((*first[:5], *second[:5], *torch.autograd.grad(loss, weight)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_is_traced_leaves_nothing_behind(backend, fresh):
+    images, features, ids = inputs()
+    step = Step(backend, alpha=0.7)
+    with torch._subclasses.FakeTensorMode() as mode:
+        step(*(mode.from_tensor(tensor) for tensor in (images, features, ids)))
+    assert torch.isfinite(step(images, features, ids)[0])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_graph_that_saved_out_is_refused_once_it_is_written(backend, whole):
+    images, features, _ = inputs()
+    out, weight = torch.ones(5, 3, 16, 16), torch.ones((), requires_grad=True)
+    loss = (weight * out).sum()
+    if whole:
+        saliency_graft(images, features, out=out, backend=backend)
+    else:
+        mask, index = torch.ones(5, 2, 2, dtype=torch.bool), torch.arange(5)
+        sg_kernels.graft(images, mask, index, out=out, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_functional_gradients_are_those_of_backward(backend):
+    images, features, _ = inputs()
+
+    def loss(images):
+        mask, index = torch.rand(5, 2, 2) < 0.5, torch.tensor([1, 2, 0, 0, 4])
+        grafted = sg_kernels.graft(images, mask, index, backend=backend)
+        whole = saliency_graft(grafted, features, seed=1, backend=backend).images
+        return (whole**3).sum()
+
+    torch.manual_seed(0)
+    gradient = torch.func.grad(loss)(images)
+    leaf = images.clone().requires_grad_()
+    torch.manual_seed(0)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(loss(leaf), leaf))
 
 
 def test_compiled_graft_and_mix_targets(backend, fresh):

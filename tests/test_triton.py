@@ -15,6 +15,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from sg_kernels import backends, reference, rng
 from sg_kernels.kernels import launch, operators, philox, table
+from sg_kernels.kernels.graft import quotient
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -243,9 +244,14 @@ def test_what_32_bits_do_not_count_runs_on_the_reference(launched, monkeypatch):
     index = torch.tensor([1, 2, 3, 0])
     expected = reference.graft(images, mask, index)
     gradient = reference.graft_backward(images, mask, index, 1)
-    assert not operators._too_long(meta(1, 3, 2**15, 2**15), 64, 64)
-    assert operators._too_long(meta(1, 1, 1, 2**16), 1, 2**15)
-    monkeypatch.setattr(table, "MAX_PRODUCT", 10)
+    strided = meta(1, 2, 2**15, 2**15, dtype=torch.uint8)[:, :, :8, :8]
+    assert not operators._too_large(meta(1, 3, 2**13, 2**13), meta(1, 3, 2**13, 2**13), 64, 64)
+    assert operators._too_large(meta(1, 1, 1, 2**16), meta(1, 1, 1, 2**16), 1, 2**15)
+    assert operators._too_large(meta(1, 1, 2**16, 1), meta(1, 1, 2**16, 1), 2**15, 1)
+    assert operators._too_large(meta(1, 5, 2**13, 2**13), meta(1, 5, 2**13, 2**13), 1, 1)
+    assert operators._too_large(strided, meta(1, 2, 8, 8), 1, 1)
+    assert operators._too_large(meta(1, 2, 8, 8), strided, 1, 1)
+    monkeypatch.setattr(table, "too_large", lambda *_: True)
     assert torch.equal(operators.graft(images, mask, index), expected)
     assert torch.equal(operators.graft_backward(images, mask, index, 1), gradient)
     whole = saliency_graft(
@@ -276,3 +282,47 @@ def store_words(out, seed, block, row, draw, stream):
     tl.store(out + 1, w1.to(tl.int64))
     tl.store(out + 2, w2.to(tl.int64))
     tl.store(out + 3, w3.to(tl.int64))
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="no compiled kernel runs on the CPU")
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 224, 641, 2**16, 2**30 + 1, 2**31 - 1])
+def test_a_quotient_is_exact_below_2_to_the_31(divisor):
+    most = (2**31 - 1) // divisor * divisor
+    numerators = [0, 1, divisor - 1, divisor, most - 1, most, 2**31 - 2, 2**31 - 1]
+    out = torch.empty(8, dtype=torch.int32)
+    numerator = torch.tensor(numerators, dtype=torch.int32)
+    store_quotients[(1,)](out, numerator, table.reciprocal(divisor))
+    assert out.tolist() == [n // divisor for n in numerators]
+
+
+@triton.jit
+def store_quotients(out, numerator, reciprocal):
+    place = tl.arange(0, 8)
+    tl.store(out + place, quotient(tl.load(numerator + place), reciprocal))
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("width", [1, 7, 224, 384, 1040, 5000])
+def test_a_tile_of_any_width_holds_a_line_and_a_chunk(itemsize, channels_last, width):
+    shape = (2, 3, 9, width)
+    image = 27 * width
+    strides = (image, 1, 3 * width, 3) if channels_last else (image, 9 * width, width, 1)
+    for grid, whole, threads in itertools.product((1, 7, 9), (False, True), (32, 128, 1024)):
+        tile = table.tile(
+            2,
+            shape,
+            strides,
+            strides,
+            itemsize,
+            16,
+            (min(9, grid), min(width, grid)),
+            whole,
+            threads,
+        )
+        assert tile.lines >= 1
+        assert tile.chunks >= 1
+        line = 3 * width if tile.channels_last else width
+        assert tile.chunk_count * tile.lanes * tile.unit_bytes == line * itemsize
+        assert tile.tiles * tile.lines * tile.chunks >= tile.line_count * tile.chunk_count
+        assert tile.lines * tile.chunks <= 1024 * 4

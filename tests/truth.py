@@ -87,7 +87,7 @@ def select(saliency, normalize="max", temperature=0.2, threshold="mean", k=None)
         with np.errstate(invalid="ignore"):
             keep = e > threshold * total
             unsure = np.abs(e - threshold * total) <= 1e-5 * total
-        usable &= flat.min(1) < flat.max(1)
+        usable &= flat.min(1) < flat.max(1) * (1 - 2**-16)
         unsure &= usable[:, None]
     else:
         for b, row in enumerate(flat):

@@ -91,7 +91,7 @@ void select(const float* grid, std::int64_t cells, const Selection& selection, b
     low = std::min(low, grid[c]);
     peak = std::max(peak, grid[c]);
   }
-  const bool by_threshold = selection.k == 0, constant = low == peak;
+  const bool by_threshold = selection.k == 0, constant = low >= peak * kFlat;
   if (!finite || (by_threshold && constant))
     std::fill(keep, keep + cells, false);
   else if (by_threshold)

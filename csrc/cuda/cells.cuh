@@ -115,7 +115,7 @@ __device__ inline void select(
   const bool finite = sum_block(strange) == 0, by_threshold = selection.k == 0;
   low = reduce_block(low, [](float a, float b) { return fminf(a, b); });
   peak = reduce_block(peak, [](float a, float b) { return fmaxf(a, b); });
-  if (!finite || (by_threshold && low == peak))
+  if (!finite || (by_threshold && low >= peak * kFlat))
     for (int c = threadIdx.x; c < cells; c += kThreads) keep[c] = false;
   else if (by_threshold)
     select_by_threshold(grid, cells, peak, selection, keep);

@@ -7,7 +7,10 @@ real ones. Maps are read from their partial sums, (splits, batch, h, w).
 import triton
 import triton.language as tl
 
+from sg_kernels import reference
 from sg_kernels.kernels import philox
+
+FLAT = tl.constexpr(reference.FLAT)
 
 
 @triton.jit
@@ -29,6 +32,50 @@ def window_end(position, size, grid):
 
 
 @triton.jit
+def sum_values(
+    maps,
+    sample,
+    batch,
+    splits,
+    map_cells,
+    w,
+    first,
+    valid,
+    high,
+    wide,
+    window_h,
+    window_w,
+    WINDOWS: tl.constexpr,
+    CHECKED: tl.constexpr,
+    TERMS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Sums what the splits hold for each cell: ``first`` or, of WINDOWS, high * wide from there.
+
+    UNROLL times TERMS values are read at once, TERMS of them by threads of their own. Maps that are
+    not CHECKED yet are.
+    """
+    total = tl.zeros(first.shape, tl.float32)
+    for start in range(0, splits * window_h * window_w, TERMS * UNROLL):
+        for part in tl.static_range(UNROLL):
+            split = start + part * TERMS + tl.arange(0, TERMS)[:, None]
+            place, inside = first[None, :], valid[None, :]
+            if WINDOWS:
+                inner = split % (window_h * window_w)
+                split = split // (window_h * window_w)
+                y, x = inner // window_w, inner % window_w
+                place = place + y * w + x
+                inside = inside & (y < high[None, :]) & (x < wide[None, :])
+            row = split.to(tl.int64) * batch + sample
+            inside = inside & (split < splits)
+            value = tl.load(maps + row * map_cells + place, mask=inside, other=0.0)
+            if not CHECKED:
+                value = checked(value)
+            total += tl.sum(value, axis=0)
+    return total
+
+
+@triton.jit
 def resample(
     maps,
     sample,
@@ -44,26 +91,52 @@ def resample(
     valid,
     CHECKED: tl.constexpr,
     TERMS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """Stage 2: the grid's values in ``cell``, each the mean of at most window_h * window_w.
-
-    TERMS values, of windows and splits, are read at once. Maps that are not CHECKED yet are.
-    """
-    cy, cx = cell // gw, cell % gw
-    top, bottom = window_begin(cy, h, gh), window_end(cy, h, gh)
-    left, right = window_begin(cx, w, gw), window_end(cx, w, gw)
-    total = tl.zeros_like(cell).to(tl.float32)
-    for start in range(0, splits * window_h * window_w, TERMS):
-        term = start + tl.arange(0, TERMS)[:, None]
-        split, place = term // (window_h * window_w), term % (window_h * window_w)
-        y, x = top[None, :] + place // window_w, left[None, :] + place % window_w
-        inside = valid[None, :] & (split < splits) & (y < bottom[None, :]) & (x < right[None, :])
-        row = split.to(tl.int64) * batch + sample
-        value = tl.load(maps + (row * h + y) * w + x, mask=inside, other=0.0)
-        if not CHECKED:
-            value = checked(value)
-        total += tl.sum(value, axis=0)
-    return total / ((bottom - top) * (right - left)).to(tl.float32)
+    """Stage 2: the grid's values in ``cell``, each the mean of at most window_h * window_w."""
+    if (gh != h) | (gw != w):
+        cy, cx = cell // gw, cell % gw
+        top, left = window_begin(cy, h, gh), window_begin(cx, w, gw)
+        high, wide = window_end(cy, h, gh) - top, window_end(cx, w, gw) - left
+        total = sum_values(
+            maps,
+            sample,
+            batch,
+            splits,
+            h * w,
+            w,
+            top * w + left,
+            valid,
+            high,
+            wide,
+            window_h,
+            window_w,
+            True,
+            CHECKED,
+            TERMS,
+            UNROLL,
+        )
+        total = total / (high * wide).to(tl.float32)
+    else:
+        total = sum_values(
+            maps,
+            sample,
+            batch,
+            splits,
+            h * w,
+            w,
+            cell,
+            valid,
+            cell,
+            cell,
+            1,
+            1,
+            False,
+            CHECKED,
+            TERMS,
+            UNROLL,
+        )
+    return total
 
 
 @triton.jit
@@ -107,33 +180,59 @@ def select(
     TOPK: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """Stage 4: the salient cells."""
-    finite = tl.max((valid & ~(tl.abs(grid) < float("inf"))).to(tl.int32), axis=0) == 0
+    """Stage 4: the salient cells. A map that holds NaN or infinity has none."""
     if TOPK:
+        finite = tl.max((valid & ~(tl.abs(grid) < float("inf"))).to(tl.int32), axis=0) == 0
         # The bits of floats >= 0 order them; of equal ones the lowest cell comes first.
         value = tl.where(grid > 0, grid, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
         key = tl.where(valid, value * CELLS + (CELLS - 1 - cell), -1)
         return key >= tl.where(finite, kth_largest(key, k, CELLS), philox.LARGEST)
     else:
         peak = peak_of(grid, valid)
-        varies = tl.min(tl.where(valid, grid, float("inf")), axis=0) < peak
+        varies = tl.min(tl.where(valid, grid, float("inf")), axis=0) < peak * FLAT
         scale = normalize_scale(grid, valid, cells, peak, NORMALIZE)
+        # NaN for NaN, and for infinity, which is the peak; then so is the total.
         numerator = tl.exp((grid - peak) / scale / temperature)
         total = tl.sum(tl.where(valid, numerator, 0.0), axis=0)
-        return valid & (numerator > tl.where(finite & varies, threshold * total, float("inf")))
+        return valid & (numerator > tl.where(varies, threshold * total, float("inf")))
 
 
 @triton.jit
-def sample(
-    keep, cell, valid, row, draw, seed, quantiles, quantile_shift, gate, SAMPLED: tl.constexpr
-):
-    """Stage 5: M. A draw whose word does not lie below ``gate`` grafts nothing: all True."""
+def draw_keep_prob(draw, seed, quantiles, quantile_shift, gate):
+    """Stage 5, what a draw's rows share: p as a threshold of words, and whether it grafts at all.
+
+    It does where its word lies below ``gate``.
+    """
     p_word, gate_word, _, _ = philox.words(0, 0, draw, philox.KEEP_PROB, seed)
+    p = philox.keep_threshold(p_word, quantiles, quantile_shift)
+    return p, gate_word.to(tl.int64) < gate
+
+
+@triton.jit
+def sample(keep, cell, valid, row, draw, seed, p, grafts, SAMPLED: tl.constexpr):
+    """Stage 5: M. A draw that does not graft has all True."""
     mask = keep
     if SAMPLED:
-        p = philox.keep_threshold(p_word, quantiles, quantile_shift)
         mask = mask & (philox.word(cell, row, draw, philox.SAMPLING, seed).to(tl.int64) < p)
-    return tl.where(gate_word.to(tl.int64) >= gate, valid, mask)
+    return tl.where(grafts, mask, valid)
+
+
+@triton.jit
+def bits_of(mask):
+    """A mask of at most 64 cells as the bits of one integer, which every thread holds."""
+    if mask.shape[0] <= 64:
+        bit = tl.full(mask.shape, 1, tl.int64) << tl.arange(0, mask.shape[0])
+        return tl.sum(tl.where(mask, bit, 0), axis=0)
+
+
+@triton.jit
+def mask_at(mask, bits, cell):
+    """The mask at each ``cell``: out of its bits, or where those are too few, of shared memory."""
+    if mask.shape[0] <= 64:
+        return (bits >> cell) & 1 != 0
+    else:
+        kept = tl.gather(mask.to(tl.int32), tl.ravel(cell), 0)
+        return tl.reshape(kept, cell.shape) != 0
 
 
 @triton.jit

@@ -3,9 +3,9 @@
 An image is written tile by tile. A tile is LINES lines of CHUNKS chunks. A line is a row of pixels
 of one channel, or in CHANNELS_LAST order of all; a chunk is the widest run of bytes that pointers,
 strides and lines are multiples of, 16 at best. UNIFORM chunks lie inside one cell each: a lane is
-an integer of any width, and a chunk is read from the image it belongs to. Otherwise a lane is an
-element, and a chunk is read from both images where it needs both. Strides count chunks. Where those
-of a line are not neighbours, STRIDED, each is one element.
+an integer of any width, and a chunk is read from the image it belongs to. Otherwise each lane lies
+inside one cell, and a chunk is read from both images where it needs both. Strides count chunks.
+Where those of a line are not neighbours, STRIDED, each is one element.
 """
 
 import triton
@@ -22,44 +22,58 @@ SCAN = tl.constexpr(1024)
 
 
 @triton.jit
-def tile_position(tile, tiles_across, LINES: tl.constexpr, CHUNKS: tl.constexpr):
-    """The lines and chunks of a tile."""
+def quotient(numerator, reciprocal):
+    """numerator // divisor, from table.reciprocal(divisor): a multiplication, not a division."""
+    doubled = (numerator * 2).to(tl.uint32, bitcast=True)
+    high = tl.umulhi(doubled, tl.zeros_like(doubled) + (reciprocal >> 5).to(tl.uint32))
+    return (high >> (reciprocal & 31).to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def tile_position(
+    tile, tiles_across, height, per_height, LINES: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """The lines of a tile, the channel and y of each, and its chunks."""
     line = tile // tiles_across * LINES + tl.arange(0, LINES)
+    channel = quotient(line, per_height)
     chunk = tile % tiles_across * CHUNKS + tl.arange(0, CHUNKS)
-    return line, chunk
+    return line, channel, line - channel * height, chunk
 
 
 @triton.jit
 def tile_cells(
-    line,
+    y,
     chunk,
-    channels,
-    height,
     width,
+    per_height,
+    per_width,
+    per_channels,
     gh,
     gw,
-    chunk_elements,
+    step_elements,
     UNIFORM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """The cell that each chunk lies in, (LINES, CHUNKS), or each lane, (LINES, CHUNKS, LANES)."""
     if UNIFORM:
-        element = (chunk * chunk_elements)[None, :]
-        y = (line % height)[:, None]
+        element = (chunk * step_elements)[None, :]
+        row = quotient(y * gh, per_height)[:, None]
     else:
-        element = (chunk[:, None] * LANES + tl.arange(0, LANES)[None, :])[None, :, :]
-        y = (line % height)[:, None, None]
-    x = element // channels if CHANNELS_LAST else element
-    return y * gh // height * gw + tl.minimum(x, width - 1) * gw // width
+        lane = chunk[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        element = (lane * step_elements)[None, :, :]
+        row = quotient(y * gh, per_height)[:, None, None]
+    x = quotient(element, per_channels) if CHANNELS_LAST else element
+    return row * gw + quotient(tl.minimum(x, width - 1) * gw, per_width)
 
 
 @triton.jit
 def tile_offset(
-    line,
+    channel,
+    y,
     chunk,
     channels,
-    height,
+    per_channels,
     channel_stride,
     y_stride,
     x_stride,
@@ -67,11 +81,12 @@ def tile_offset(
     STRIDED: tl.constexpr,
 ):
     """Where each chunk of an image lies, in chunks: (LINES, CHUNKS)."""
-    down = line // height * channel_stride + line % height * y_stride
+    down = channel * channel_stride + y * y_stride
     if not STRIDED:
-        across = chunk.to(tl.int64)
+        across = chunk
     elif CHANNELS_LAST:
-        across = chunk // channels * x_stride + chunk % channels * channel_stride
+        x = quotient(chunk, per_channels)
+        across = x * x_stride + (chunk - x * channels) * channel_stride
     else:
         across = chunk * x_stride
     return down[:, None] + across[None, :]
@@ -89,8 +104,10 @@ def load_taken(pointer, offset, inside, taken, UNIFORM: tl.constexpr, LANES: tl.
 def copy_tile(
     images,
     out,
-    own_offset,
-    other_offset,
+    own,
+    other,
+    to,
+    offset,
     out_offset,
     inside,
     from_own,
@@ -98,16 +115,20 @@ def copy_tile(
     UNIFORM: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Copies the chunks ``inside`` from the source, or where not ``from_own`` the destination."""
-    images, out = chunks_of(images, unit, LANES), chunks_of(out, unit, LANES)
+    """Copies the chunks ``inside`` from the source, or where not ``from_own`` the destination.
+
+    ``own``, ``other`` and ``to`` are where these images and the row begin.
+    """
+    images, out = chunks_of(images, unit, LANES), chunks_of(out, unit, LANES) + to * LANES
     if UNIFORM:
         # The address is chosen, not the value: one access a chunk.
-        offset = tl.where(from_own, own_offset, other_offset)
-        value = load_chunks(images, offset, inside, LANES)
+        value = load_chunks(images, tl.where(from_own, own, other) + offset, inside, LANES)
     else:
-        own = load_taken(images, own_offset, inside, from_own, UNIFORM, LANES)
-        other = load_taken(images, other_offset, inside, ~from_own, UNIFORM, LANES)
-        value = tl.where(from_own, own, other)
+        value = tl.where(
+            from_own,
+            load_taken(images, own + offset, inside, from_own, UNIFORM, LANES),
+            load_taken(images, other + offset, inside, ~from_own, UNIFORM, LANES),
+        )
     store_chunks(out, out_offset, inside, value, LANES)
 
 
@@ -134,23 +155,27 @@ def saliency_graft_kernel(
     mask,
     mixed,
     batch: tl.int32,
+    rows: tl.int32,
     parts: tl.int32,
     tiles: tl.int32,
     tiles_across: tl.int32,
     lines: tl.int32,
     chunks: tl.int32,
-    chunk_elements: tl.int32,
+    step_elements: tl.int32,
     channels: tl.int32,
     height: tl.int32,
     width: tl.int32,
+    per_channels: tl.int64,
+    per_height: tl.int64,
+    per_width: tl.int64,
     image_stride: tl.int64,
-    channel_stride: tl.int64,
-    y_stride: tl.int64,
-    x_stride: tl.int64,
+    channel_stride: tl.int32,
+    y_stride: tl.int32,
+    x_stride: tl.int32,
     out_image_stride: tl.int64,
-    out_channel_stride: tl.int64,
-    out_y_stride: tl.int64,
-    out_x_stride: tl.int64,
+    out_channel_stride: tl.int32,
+    out_y_stride: tl.int32,
+    out_x_stride: tl.int32,
     splits: tl.int32,
     h: tl.int32,
     w: tl.int32,
@@ -171,6 +196,7 @@ def saliency_graft_kernel(
     TARGETS: tl.constexpr,
     CELLS: tl.constexpr,
     TERMS: tl.constexpr,
+    UNROLL: tl.constexpr,
     GRAFTS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     STRIDED: tl.constexpr,
@@ -180,55 +206,59 @@ def saliency_graft_kernel(
     CHUNKS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A row's tiles are shared out to ``parts`` programs.
+    """A row's tiles are shared out to ``parts`` programs, of which those of all rows start first.
 
     Each works out its sample's mask; the first also writes it, and lam and the mixed target. Only
     that happens without GRAFTS.
     """
     program = tl.program_id(0)
-    row, part = program // parts, program % parts
+    row, part = program % rows, program // rows
     draw, own = row // batch, (row % batch).to(tl.int64)
     row = row.to(tl.int64)
     if step is not None and program == 0:
         tl.store(step, tl.load(step) + 1)
 
+    # In an order in which what is read arrives while other stages compute.
+    seed = tl.load(call_seed)
+    other, known = destination_of(index, row, own, batch)
     grid_cells = gh * gw
     cell = tl.arange(0, CELLS)
     valid = cell < grid_cells
     grid = cells.resample(
-        maps, own, batch, splits, h, w, gh, gw, window_h, window_w, cell, valid, True, TERMS
+        maps, own, batch, splits, h, w, gh, gw, window_h, window_w, cell, valid, True, TERMS, UNROLL
     )
+    p, grafts = cells.draw_keep_prob(draw, seed, quantiles, quantile_shift, gate)
     keep = cells.select(
         grid, cell, valid, grid_cells, temperature, threshold, k, NORMALIZE, TOPK, CELLS
     )
-    seed = tl.load(call_seed)
-    kept = cells.sample(
-        keep, cell, valid, own, draw, seed, quantiles, quantile_shift, gate, not TOPK
-    )
-    other, known = destination_of(index, row, own, batch)
+    kept = cells.sample(keep, cell, valid, own, draw, seed, p, grafts, not TOPK)
 
     if GRAFTS:
+        bits = cells.bits_of(kept)
         for tile in range(part, tiles, parts):
-            line, chunk = tile_position(tile, tiles_across, LINES, CHUNKS)
+            line, channel, y, chunk = tile_position(
+                tile, tiles_across, height, per_height, LINES, CHUNKS
+            )
             chunk_cell = tile_cells(
-                line,
+                y,
                 chunk,
-                channels,
-                height,
                 width,
+                per_height,
+                per_width,
+                per_channels,
                 gh,
                 gw,
-                chunk_elements,
+                step_elements,
                 UNIFORM,
                 CHANNELS_LAST,
                 LANES,
             )
-            from_own = tl.gather(kept.to(tl.int32), tl.ravel(chunk_cell), 0)
             offset = tile_offset(
-                line,
+                channel,
+                y,
                 chunk,
                 channels,
-                height,
+                per_channels,
                 channel_stride,
                 y_stride,
                 x_stride,
@@ -236,10 +266,11 @@ def saliency_graft_kernel(
                 STRIDED,
             )
             out_offset = tile_offset(
-                line,
+                channel,
+                y,
                 chunk,
                 channels,
-                height,
+                per_channels,
                 out_channel_stride,
                 out_y_stride,
                 out_x_stride,
@@ -249,11 +280,13 @@ def saliency_graft_kernel(
             copy_tile(
                 images,
                 out,
-                own * image_stride + offset,
-                other * image_stride + offset,
-                row * out_image_stride + out_offset,
+                own * image_stride,
+                other * image_stride,
+                row * out_image_stride,
+                offset,
+                out_offset,
                 (line < lines)[:, None] & (chunk < chunks)[None, :],
-                tl.reshape(from_own, chunk_cell.shape) != 0,
+                cells.mask_at(kept, bits, chunk_cell),
                 UNIT,
                 UNIFORM,
                 LANES,
@@ -264,7 +297,21 @@ def saliency_graft_kernel(
         if TARGETS == "ids":
             known = known & cells.class_ids_known(targets, own, other, num_classes)
         other_grid = cells.resample(
-            maps, other, batch, splits, h, w, gh, gw, window_h, window_w, cell, valid, True, TERMS
+            maps,
+            other,
+            batch,
+            splits,
+            h,
+            w,
+            gh,
+            gw,
+            window_h,
+            window_w,
+            cell,
+            valid,
+            True,
+            TERMS,
+            UNROLL,
         )
         ratio = cells.label_ratio(grid, other_grid, kept, valid, grid_cells, NORM)
         ratio = tl.where(known, ratio, float("nan"))
@@ -280,7 +327,7 @@ def saliency_graft_kernel(
                 place = start + cell
                 exists = place < h * w
                 value = cells.resample(
-                    maps, own, batch, splits, h, w, h, w, 1, 1, place, exists, True, TERMS
+                    maps, own, batch, splits, h, w, h, w, 1, 1, place, exists, True, TERMS, UNROLL
                 )
                 tl.store(saliency + own * h * w + place, value, mask=exists)
 
@@ -296,18 +343,21 @@ def graft_kernel(
     tiles_across: tl.int32,
     lines: tl.int32,
     chunks: tl.int32,
-    chunk_elements: tl.int32,
+    step_elements: tl.int32,
     channels: tl.int32,
     height: tl.int32,
     width: tl.int32,
+    per_channels: tl.int64,
+    per_height: tl.int64,
+    per_width: tl.int64,
     image_stride: tl.int64,
-    channel_stride: tl.int64,
-    y_stride: tl.int64,
-    x_stride: tl.int64,
+    channel_stride: tl.int32,
+    y_stride: tl.int32,
+    x_stride: tl.int32,
     out_image_stride: tl.int64,
-    out_channel_stride: tl.int64,
-    out_y_stride: tl.int64,
-    out_x_stride: tl.int64,
+    out_channel_stride: tl.int32,
+    out_y_stride: tl.int32,
+    out_x_stride: tl.int32,
     gh: tl.int32,
     gw: tl.int32,
     CHANNELS_LAST: tl.constexpr,
@@ -324,18 +374,39 @@ def graft_kernel(
     own = (row % batch).to(tl.int64)
     row = row.to(tl.int64)
     other, _ = destination_of(index, row, own, batch)
-    line, chunk = tile_position(tile, tiles_across, LINES, CHUNKS)
+    line, channel, y, chunk = tile_position(tile, tiles_across, height, per_height, LINES, CHUNKS)
     chunk_cell = tile_cells(
-        line, chunk, channels, height, width, gh, gw, chunk_elements, UNIFORM, CHANNELS_LAST, LANES
+        y,
+        chunk,
+        width,
+        per_height,
+        per_width,
+        per_channels,
+        gh,
+        gw,
+        step_elements,
+        UNIFORM,
+        CHANNELS_LAST,
+        LANES,
     )
     offset = tile_offset(
-        line, chunk, channels, height, channel_stride, y_stride, x_stride, CHANNELS_LAST, STRIDED
-    )
-    out_offset = tile_offset(
-        line,
+        channel,
+        y,
         chunk,
         channels,
-        height,
+        per_channels,
+        channel_stride,
+        y_stride,
+        x_stride,
+        CHANNELS_LAST,
+        STRIDED,
+    )
+    out_offset = tile_offset(
+        channel,
+        y,
+        chunk,
+        channels,
+        per_channels,
         out_channel_stride,
         out_y_stride,
         out_x_stride,
@@ -345,9 +416,11 @@ def graft_kernel(
     copy_tile(
         images,
         out,
-        own * image_stride + offset,
-        other * image_stride + offset,
-        row * out_image_stride + out_offset,
+        own * image_stride,
+        other * image_stride,
+        row * out_image_stride,
+        offset,
+        out_offset,
         (line < lines)[:, None] & (chunk < chunks)[None, :],
         tl.load(mask + row * gh * gw + chunk_cell) != 0,
         UNIT,
@@ -368,18 +441,21 @@ def graft_backward_kernel(
     tiles_across: tl.int32,
     lines: tl.int32,
     chunks: tl.int32,
-    chunk_elements: tl.int32,
+    step_elements: tl.int32,
     channels: tl.int32,
     height: tl.int32,
     width: tl.int32,
+    per_channels: tl.int64,
+    per_height: tl.int64,
+    per_width: tl.int64,
     image_stride: tl.int64,
-    channel_stride: tl.int64,
-    y_stride: tl.int64,
-    x_stride: tl.int64,
+    channel_stride: tl.int32,
+    y_stride: tl.int32,
+    x_stride: tl.int32,
     out_image_stride: tl.int64,
-    out_channel_stride: tl.int64,
-    out_y_stride: tl.int64,
-    out_x_stride: tl.int64,
+    out_channel_stride: tl.int32,
+    out_y_stride: tl.int32,
+    out_x_stride: tl.int32,
     gh: tl.int32,
     gw: tl.int32,
     CHANNELS_LAST: tl.constexpr,
@@ -395,13 +471,35 @@ def graft_backward_kernel(
     """
     program = tl.program_id(0)
     own = (program // tiles).to(tl.int64)
-    line, chunk = tile_position(program % tiles, tiles_across, LINES, CHUNKS)
+    line, channel, y, chunk = tile_position(
+        program % tiles, tiles_across, height, per_height, LINES, CHUNKS
+    )
     inside = (line < lines)[:, None] & (chunk < chunks)[None, :]
     chunk_cell = tile_cells(
-        line, chunk, channels, height, width, gh, gw, chunk_elements, UNIFORM, CHANNELS_LAST, LANES
+        y,
+        chunk,
+        width,
+        per_height,
+        per_width,
+        per_channels,
+        gh,
+        gw,
+        step_elements,
+        UNIFORM,
+        CHANNELS_LAST,
+        LANES,
     )
     grad_offset = tile_offset(
-        line, chunk, channels, height, channel_stride, y_stride, x_stride, CHANNELS_LAST, STRIDED
+        channel,
+        y,
+        chunk,
+        channels,
+        per_channels,
+        channel_stride,
+        y_stride,
+        x_stride,
+        CHANNELS_LAST,
+        STRIDED,
     )
     grad, out = chunks_of(grad, UNIT, LANES), chunks_of(out, UNIT, LANES)
     wide: tl.constexpr = tl.float64 if tl.float64 == UNIT else tl.float32
@@ -427,17 +525,18 @@ def graft_backward_kernel(
             onto = onto & (candidate > row)
             row = tl.min(tl.where(onto, candidate, rows), axis=0).to(tl.int64)
     out_offset = tile_offset(
-        line,
+        channel,
+        y,
         chunk,
         channels,
-        height,
+        per_channels,
         out_channel_stride,
         out_y_stride,
         out_x_stride,
         CHANNELS_LAST,
         STRIDED,
     )
-    store_chunks(out, own * out_image_stride + out_offset, inside, total.to(UNIT), LANES)
+    store_chunks(out + own * out_image_stride * LANES, out_offset, inside, total.to(UNIT), LANES)
 
 
 @triton.jit

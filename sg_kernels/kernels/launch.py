@@ -43,7 +43,8 @@ def launch(
     key = (function, torch.cuda.current_device(), threads, constants, absent)
     compiled = _compiled.get(key)
     if compiled is None:
-        num_warps = threads // triton.runtime.driver.active.get_current_target().warp_size
+        warp_size = triton.runtime.driver.active.get_current_target().warp_size
+        num_warps = max(1, threads // warp_size)
         _compiled[key] = function[programs,](*arguments, *constants, num_warps=num_warps, **OPTIONS)
     else:
         # Triton's own way takes 5 us longer: it works out the same key from every argument.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ FLOATS = {
 """What features and gradients are read as."""
 NO_PAIRING = (None, None, None, 0, None, 0, None, 0)
 """What saliency_kernel takes for the randomness where only the map is wanted."""
+_AFTER_IMAGES = list(signature(reference.saliency_graft).parameters)[1:]
+_GRID_SIZE, _AUGMENTATIONS = map(_AFTER_IMAGES.index, ("grid_size", "augmentations"))
 
 
 def _blocks(count: int, size: int) -> int:
@@ -60,7 +63,13 @@ def _saliency_plan(features: Tensor) -> table.Saliency:
     )
 
 
-def _tile(images: Tensor, out: Tensor, mask_size: tuple[int, int], arithmetic: bool) -> table.Tile:
+def _tile(
+    images: Tensor,
+    out: Tensor,
+    mask_size: tuple[int, int],
+    arithmetic: bool = False,
+    threads: int = table.THREADS,
+) -> table.Tile:
     return table.tile(
         out.shape[0],
         tuple(images.shape),
@@ -70,21 +79,19 @@ def _tile(images: Tensor, out: Tensor, mask_size: tuple[int, int], arithmetic: b
         table.alignment(images.data_ptr(), out.data_ptr()),
         mask_size,
         arithmetic,
+        threads,
     )
 
 
-def _geometry(tile: table.Tile, images: Tensor) -> tuple[int, ...]:
+def _geometry(tile: table.Tile) -> tuple[int, ...]:
     """The arguments from ``tiles`` to the last stride, which all kernels of images share."""
-    _, channels, height, width = images.shape
     return (
         tile.tiles,
         tile.tiles_across,
         tile.line_count,
         tile.chunk_count,
-        tile.chunk_elements,
-        max(1, channels),
-        height,
-        width,
+        tile.step,
+        *tile.sides,
         *tile.strides,
     )
 
@@ -138,19 +145,19 @@ def graft(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def _too_long(images: Tensor, gh: int, gw: int) -> bool:
-    channels, height, width = images.shape[1:]
-    return max(width * channels * gw, height * gh, channels * height) > table.MAX_PRODUCT
+def _too_large(images: Tensor, out: Tensor, gh: int, gw: int) -> bool:
+    shape, strides = tuple(images.shape), images.stride()
+    return table.too_large(shape, strides, out.stride(), images.element_size(), (gh, gw))
 
 
 def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
     if out.numel() == 0:
         return
     gh, gw = mask.shape[1:]
-    if _too_long(images, gh, gw):
+    if _too_large(images, out, gh, gw):
         reference.graft(images, mask, index, out)
         return
-    tile = _tile(images, out, (gh, gw), arithmetic=False)
+    tile = _tile(images, out, (gh, gw))
     with _on(images):
         launch(
             graft_kernel,
@@ -162,7 +169,7 @@ def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
                 mask.contiguous(),
                 index.contiguous(),
                 images.shape[0],
-                *_geometry(tile, images),
+                *_geometry(tile),
                 gh,
                 gw,
             ),
@@ -178,9 +185,9 @@ def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
 
 def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int) -> Tensor:
     rows, gh, gw = mask.shape
-    if _too_long(grad, gh, gw):
-        return reference.graft_backward(grad, mask, index, augmentations)
     out = reference.empty_rows(grad, rows // augmentations)
+    if _too_large(grad, out, gh, gw):
+        return reference.graft_backward(grad, mask, index, augmentations)
     if grad.is_complex():  # the real and the imaginary numbers, each a strided batch
         _graft_backward(grad.real, mask, index, out.real)
         _graft_backward(grad.imag, mask, index, out.imag)
@@ -206,7 +213,7 @@ def _graft_backward(grad: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> N
                 index.contiguous(),
                 out.shape[0],
                 grad.shape[0],
-                *_geometry(tile, grad),
+                *_geometry(tile),
                 gh,
                 gw,
             ),
@@ -249,14 +256,14 @@ def mix_targets(
 
 
 def saliency_graft(images: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    augmentations = args[15]
-    out = reference.empty_rows(images, augmentations * images.shape[0])
+    out = reference.empty_rows(images, args[_AUGMENTATIONS] * images.shape[0])
     return out, *saliency_graft_out(out, images, *args)
 
 
 def saliency_graft_out(out: Tensor, images: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    gh, gw = args[8]
-    if gh * gw <= table.MAX_CELLS and not _too_long(images, gh, gw):
+    (gh, gw), (h, w) = args[_GRID_SIZE], (args[0] if args[1] is None else args[1]).shape[-2:]
+    held = gh * gw <= table.MAX_CELLS and max(h * gh, w * gw) <= table.MAX_EXTENT
+    if held and not _too_large(images, out, gh, gw):
         return _saliency_graft_out(out, images, *args)
     _, lam, index, *rest = reference.saliency_graft(images, *args, out=out)  # type: ignore[misc]
     return lam, index.clone(), *rest
@@ -357,7 +364,7 @@ def _saliency_graft_out(
             h, w, window_h, window_w = gh, gw, 1, 1
         terms = plan.splits * window_h * window_w
         cells = table.cells(gh * gw, terms)
-        tile = _tile(images, out, (gh, gw), arithmetic=False)
+        tile = _tile(images, out, (gh, gw), threads=cells.threads)
         at_once = gh * gw <= table.MAX_CELLS_IN_LAUNCH_2 and terms <= table.MAX_TERMS_IN_LAUNCH_2
         parts = min(tile.tiles, _blocks(table.PROGRAMS_2, rows)) if at_once else 1
         launch(
@@ -378,8 +385,9 @@ def _saliency_graft_out(
                 mask,
                 mixed,
                 batch,
+                rows,
                 parts,
-                *_geometry(tile, images),
+                *_geometry(tile),
                 plan.splits,
                 h,
                 w,
@@ -401,6 +409,7 @@ def _saliency_graft_out(
             "none" if targets is None else "ids" if targets.dim() == 1 else "rows",
             cells.cells,
             cells.terms,
+            cells.unroll,
             at_once,
             tile.channels_last,
             tile.strided,

@@ -130,7 +130,21 @@ def check_map(
             cell = start + tl.arange(0, BLOCK)
             valid = cell < gh * gw
             value = cells.resample(
-                given, sample, batch, 1, h, w, gh, gw, window_h, window_w, cell, valid, False, TERMS
+                given,
+                sample,
+                batch,
+                1,
+                h,
+                w,
+                gh,
+                gw,
+                window_h,
+                window_w,
+                cell,
+                valid,
+                False,
+                TERMS,
+                1,
             )
             tl.store(grid + sample * gh * gw + cell, value, mask=valid)
 

@@ -21,8 +21,9 @@ MAX_TERMS_IN_LAUNCH_2 = 64
 MAX_CELLS = 4096
 """Up to so many one program holds; finer grids, as of 65 x 64, run on the reference."""
 
-MAX_PRODUCT = 2**31 - 1
-"""Of a side of the images and its cells: kernels reckon cells in 32 bits. Beyond, the reference."""
+MAX_EXTENT = 2**30
+"""Of an image in bytes, and of a side times its cells: kernels count both in 32 bits, with room for
+a tile that reaches past the end. What is larger runs on the reference."""
 
 THREADS = 128
 """Of a program, unless it holds more cells than MAX_CELLS_IN_LAUNCH_2."""
@@ -69,7 +70,10 @@ class Tile(NamedTuple):
     tiles_across: int
     line_count: int
     chunk_count: int
-    chunk_elements: int
+    step: int
+    """Elements that lie in one cell for sure: of a chunk, or where not uniform of a lane."""
+    sides: tuple[int, ...]
+    """The channels, height and width, one at least, then the reciprocals of these."""
     strides: tuple[int, ...]
     """Of images, channels, y and x, then the same of the output's, in chunks."""
 
@@ -79,6 +83,9 @@ class Cells(NamedTuple):
 
     cells: int
     terms: int
+    """Constant: so many are read at once by threads of their own,"""
+    unroll: int
+    """and so often by the same."""
     threads: int
 
 
@@ -93,6 +100,12 @@ def alignment(*addresses: int) -> int:
 def widest_chunk(itemsize: int, aligned: int, *runs: int) -> int:
     """The bytes of the widest access, where runs of elements begin and end on its multiples."""
     return max(itemsize, alignment(aligned, *[run * itemsize for run in runs]))
+
+
+def reciprocal(divisor: int) -> int:
+    """What graft.quotient takes for a divisor below 2**31: a factor above 5 bits for a shift."""
+    shift = (divisor - 1).bit_length()
+    return cdiv(1 << 31 + shift, divisor) << 5 | shift
 
 
 def window(size: int, grid: int) -> int:
@@ -173,9 +186,26 @@ def saliency(
 def given(map_cells: int, grid_cells: int, terms: int) -> Saliency:
     """How launch 1 checks a ready map and resamples it to ``grid_cells``, of ``terms`` each."""
     at_once = 1 if terms == 1 else 16 if terms <= 16 else 256
-    cells, block = min(256, 4096 // at_once), 1024
-    tiles = min(64, max(cdiv(map_cells, block), cdiv(grid_cells, cells)))
-    return Saliency("given", 1, at_once, cells, block, 1, tiles, 1, 0, (0, 0, 0, 0))
+    cells = min(256, 2048 // at_once)
+    tiles = min(64, max(cdiv(map_cells, 1024), cdiv(grid_cells, cells)))
+    return Saliency("given", 1, at_once, cells, 1, 1, tiles, 1, 0, (0, 0, 0, 0))
+
+
+@lru_cache(maxsize=1024)
+def too_large(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    out_strides: tuple[int, ...],
+    itemsize: int,
+    grid_size: tuple[int, int],
+) -> bool:
+    """Whether an image, or a side and its cells, is beyond MAX_EXTENT."""
+    (_, channels, height, width), (gh, gw) = shape, grid_size
+    counts = [width * channels * gw, height * gh, channels * height]
+    for pitches in (strides, out_strides):
+        last = sum((size - 1) * stride for size, stride in zip(shape[1:], pitches[1:]))
+        counts.append(last * itemsize)
+    return max(counts) > MAX_EXTENT
 
 
 @lru_cache(maxsize=1024)
@@ -187,7 +217,8 @@ def tile(
     itemsize: int,
     aligned: int,
     grid_size: tuple[int, int],
-    whole_elements: bool = False,
+    whole_elements: bool,
+    threads: int,
 ) -> Tile:
     """``whole_elements``: lanes are elements, for arithmetic on them."""
     _, channels, height, width = shape
@@ -207,20 +238,25 @@ def tile(
     chunk_count = line // chunk_elements
 
     gw = grid_size[1]
-    pixel = channels if channels_last else 1
-    uniform = all(cdiv(g * width, gw) * pixel % chunk_elements == 0 for g in range(1, gw))
-    unit_bytes = itemsize if whole_elements or not uniform else min(chunk, 4)
+    pixel = channels * itemsize if channels_last else itemsize
+    unit = alignment(chunk, *(cdiv(g * width, gw) * pixel for g in range(1, gw)))
+    uniform = unit == chunk
+    if whole_elements:
+        unit_bytes = itemsize
+    else:
+        unit_bytes = min(unit, 4) if uniform else max(itemsize, min(unit, 4))
     lanes = chunk // unit_bytes
 
-    # 4 accesses in flight for each thread, one where narrow lanes take a register each.
-    size = 512 if unit_bytes >= 4 or lanes == 1 else 128
-    chunks = min(next_power_of_2(max(1, chunk_count)), 256)
+    # Accesses in flight for each thread; one where narrow lanes take a register each.
+    size = max(4 * threads, 256) if unit_bytes >= 4 or lanes == 1 else threads
+    chunks = min(next_power_of_2(max(1, chunk_count)), 256, size)
     lines = min(size // chunks, next_power_of_2(max(1, line_count)))
     while (
-        lines > 1 and lines * chunks > 2 * THREADS and rows * cdiv(line_count, lines) < MIN_PROGRAMS
+        lines > 1 and lines * chunks > 2 * threads and rows * cdiv(line_count, lines) < MIN_PROGRAMS
     ):
         lines //= 2
     tiles_across = cdiv(chunk_count, chunks)
+    sides = [max(1, side) for side in shape[1:]]
     return Tile(
         channels_last,
         strided,
@@ -233,7 +269,8 @@ def tile(
         max(1, tiles_across),
         line_count,
         chunk_count,
-        chunk_elements,
+        chunk_elements if uniform else unit_bytes // itemsize,
+        (*sides, *map(reciprocal, sides)),
         tuple(stride // chunk_elements for stride in (*strides, *out_strides)),
     )
 
@@ -243,5 +280,8 @@ def cells(grid_cells: int, terms: int) -> Cells:
     block = next_power_of_2(grid_cells)
     if block <= MAX_CELLS_IN_LAUNCH_2:
         block = 64 if block <= 64 else 256 if block <= 256 else 1024
-    at_once = 1 if terms == 1 else max(1, min(4, 512 // block))
-    return Cells(block, at_once, THREADS if block <= MAX_CELLS_IN_LAUNCH_2 else 1024)
+    if terms > MAX_TERMS_IN_LAUNCH_2:
+        return Cells(block, max(1, 4096 // block), 1, THREADS if block <= 1024 else 1024)
+    # One warp needs no barriers.
+    threads = 32 if block <= 64 else THREADS if block <= 1024 else 1024
+    return Cells(block, 1, min(terms, 4), threads)
