@@ -94,19 +94,29 @@ def pairing(seed: Tensor, batch: int, draws: int, no_fixed_points: bool) -> Tens
     return order.argsort(dim=1)
 
 
+def _integral_above(density: np.ndarray) -> np.ndarray:
+    """From each sample to the last, by trapezoids one wide."""
+    return np.append(np.cumsum(((density[1:] + density[:-1]) / 2)[::-1])[::-1], 0.0)
+
+
 @lru_cache
 def _beta_quantiles(alpha: float) -> tuple[int, ...]:
     # With x = 1 / (1 + exp(t)) the density in t is (2 cosh(t/2))^(-2 alpha): smooth, no pole at any
     # alpha. Its tail beyond t is about exp(-alpha t), and the width of its bulk sqrt(2 / alpha).
+    alpha = max(alpha, 1e-9)  # where p is 0 or 1 but for one draw in millions
     t = np.linspace(0.0, 40.0 / alpha + 16.0 / np.sqrt(alpha), 1 << 16)
     log_density = -2.0 * alpha * (np.logaddexp(t / 2, -t / 2) - np.log(2.0))
     density = np.exp(log_density)
-    upper = np.cumsum(((density[1:] + density[:-1]) / 2)[::-1])[::-1]
-    tail = np.append(upper, 0.0) / (2.0 * upper[0])  # P(T > t); 1/2 at t = 0, by symmetry
+    x = np.exp(-np.logaddexp(0.0, t))
+    total = 2.0 * _integral_above(density)[0]
+    tail = _integral_above(density) / total  # P(T > t); 1/2 at t = 0, by symmetry
     nodes = np.arange(QUANTILE_BINS // 2 + 1) / QUANTILE_BINS
-    x = np.exp(-np.logaddexp(0.0, np.interp(nodes, tail[::-1], t[::-1])))
-    x[0] = 0.0
-    lower_half = np.rint(x * (1 << QUANTILE_BITS)).astype(np.int64) << (32 - QUANTILE_BITS)
+    t_nodes = np.interp(nodes, tail[::-1], t[::-1])
+    x_nodes = np.exp(-np.logaddexp(0.0, t_nodes))
+    # Hardly any p of the last bin lie near its end, 0: it ends where its mean is right instead.
+    mean = QUANTILE_BINS * np.interp(t_nodes[1], t, _integral_above(density * x)) / total
+    x_nodes[0] = max(0.0, 2.0 * mean - x_nodes[1])
+    lower_half = np.rint(x_nodes * (1 << QUANTILE_BITS)).astype(np.int64) << (32 - QUANTILE_BITS)
     return tuple(np.concatenate([lower_half, ONE - lower_half[-2::-1]]).tolist())
 
 
@@ -114,7 +124,8 @@ def beta_quantiles(alpha: float) -> Tensor:
     """Inverse CDF of Beta(alpha, alpha) at k/1024, as thresholds: int64 (1025,), 0 .. 2**32.
 
     Any ``alpha`` > 0. :func:`keep_threshold` interpolates between the nodes, so the CDF of what is
-    drawn is nowhere off by 1/1024, but that a p within 2**-25 of 0 or 1 becomes 0 or 1.
+    drawn is nowhere off by 1/1024, but that a p within 2**-25 of 0 or 1 becomes 0 or 1. The first
+    and the last node keep the mean of their bins.
     """
     return torch.tensor(_beta_quantiles(alpha), device="cpu")
 
