@@ -137,19 +137,32 @@ def check_index(index: Any, rows: int, batch: int, device: torch.device) -> None
             raise ValueError(f"index must lie in 0 .. {batch - 1}; got {low} .. {high}")
 
 
-def check_out(out: Any, images: Tensor, rows: int) -> None:
+def check_out(out: Any, images: Tensor, rows: int, **others: Tensor | None) -> None:
+    """``others``: the tensors, by name, that the call reads besides the images."""
     check_tensor("out", out, "(n * B, C, H, W)", 4, dtypes=(images.dtype,), device=images.device)
     expected = (rows, *images.shape[1:])
     if out.shape != expected:
         raise ValueError(f"out must be {expected}; got {tuple(out.shape)}")
     if torch.is_grad_enabled() and (images.requires_grad or out.requires_grad):
         raise ValueError("out does not go with gradients; detach images, or drop out")
-    if torch.compiler.is_compiling() or not out.numel():
+    if not (_has_values(out) and out.numel()):
         return
-    if out.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
-        raise ValueError("out must not share memory with images")
+    begin, end = _memory(out)
+    for name, other in {"images": images, **others}.items():
+        if other is not None and other.numel():
+            other_begin, other_end = _memory(other)
+            if begin < other_end and other_begin < end:
+                raise ValueError(f"out must not share memory with {name}")
     if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride())):
         raise ValueError(f"out must not overlap itself; got strides {out.stride()}")
+
+
+def needs_gradient(images: Tensor) -> bool:
+    if not (torch.is_grad_enabled() and images.requires_grad):
+        return False
+    if images.is_floating_point() and images.dtype.itemsize == 1:
+        raise TypeError(f"images must be detached, or wider: {images.dtype} gradients do not add")
+    return True
 
 
 def feature_map(features: Any, options: Options, device: torch.device | None = None) -> Tensor:
@@ -253,13 +266,23 @@ def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, (int, torch.SymInt, np.integer)) and not isinstance(value, bool)
 
 
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's first element begins, and where its last one ends."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.itemsize
+
+
 def _check_probability(name: str, value: Any) -> None:
     if not (_is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name} must be a number in [0, 1]; got {value!r}")
 
 
 def _values_are_checked(values: Tensor) -> bool:
-    """Not of a tensor without values, of a mode that traces, nor of one that it takes a sync of."""
-    if torch.compiler.is_compiling() or type(values) not in (Tensor, torch.nn.Parameter):
-        return False
-    return DEBUG or values.device.type == "cpu"
+    """Not those that it takes a sync to see."""
+    return _has_values(values) and (DEBUG or values.device.type == "cpu")
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Not where a compiler or a mode traces without any."""
+    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)

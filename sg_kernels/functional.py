@@ -69,7 +69,7 @@ def saliency_graft(
         saliency: a ready map instead of ``features``, (B, h, w), floating, >= 0.
         temperature: T > 0 of the softmax over the cells (the paper's patch selection).
         normalize: what the map is divided by before the softmax: its ``"max"``, its ``"mean"``, or
-            ``"none"``, the paper's letter, under which a fitting T depends on the channel count.
+            ``"none"``, as in the paper, where the T that fits depends on the channel count.
         threshold: sigma of the patch selection: a cell is salient where its softmax exceeds it.
             ``"mean"`` is 1 / cells; else a number in [0, 1).
         grid_size: (gh, gw), to which the map is resampled, area average down and nearest up; at
@@ -99,8 +99,8 @@ def saliency_graft(
             every backend and device.
         out: (n * B, C, H, W) of the dtype and device of ``images``, to be overwritten; not with
             gradients.
-        backend: one of :func:`sg_kernels.available_backends`; default: SG_KERNELS_BACKEND, else the
-            first of them that takes the device.
+        backend: one of :func:`sg_kernels.available_backends`; default: SG_KERNELS_BACKEND, else
+            ``triton`` or ``cuda`` on a GPU, ``cpp`` or ``reference`` on the CPU.
 
     Returns:
         A :class:`GraftResult`.
@@ -205,11 +205,11 @@ def graft(
     arguments.check_index(index, rows, batch, device)
     name = backends.choose(backend, device.type)
     if out is not None:
-        arguments.check_out(out, images, rows)
+        arguments.check_out(out, images, rows, mask=mask, index=index)
         ops.overload("graft_out", name)(out, images, mask, index)
         _mark_written(out)
         return out
-    if torch.is_grad_enabled() and images.requires_grad:
+    if arguments.needs_gradient(images):
         return ops.Graft.apply(images, mask, index, name)
     return ops.overload("graft", name)(images, mask, index)
 
@@ -346,7 +346,10 @@ def run(
     if targets is not None:
         targets, num_classes = arguments.ids_or_rows(targets, options, batch, device)
     if out is not None:
-        arguments.check_out(out, images, rows)
+        arguments.check_out(
+            out, images, rows, features=features, saliency=saliency, index=index, targets=targets
+        )
+    needs_gradient = arguments.needs_gradient(images)
     backend = backends.choose(options.backend, device.type)
 
     seed = draw_seed()
@@ -386,7 +389,7 @@ def run(
     if out is not None:
         outputs = (out, *ops.overload("saliency_graft_out", backend)(out, images, *args))
         _mark_written(out)
-    elif torch.is_grad_enabled() and images.requires_grad:
+    elif needs_gradient:
         outputs = ops.SaliencyGraft.apply(images, backend, *args)
     else:
         outputs = ops.overload("saliency_graft", backend)(images, *args)

@@ -1,7 +1,9 @@
 """The operators torch.ops.sg_kernels.*: schemas, shapes, gradients.
 
 An operator has one overload per backend, ``torch.ops.sg_kernels.graft.cpp`` and so on. The schemas
-stand here and nowhere else; csrc implements them for ``cpp``.
+stand here and nowhere else; csrc implements them for ``cpp`` and ``cuda``.
+
+The operators trust their arguments: :mod:`sg_kernels.functional` checks them first.
 """
 
 from collections.abc import Callable

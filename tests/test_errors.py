@@ -108,6 +108,7 @@ def tensors():
                 images[0],
                 images[None],
                 images.to_sparse(),
+                images.to(torch.float8_e5m2).requires_grad_(),
             )
         ],
     )
@@ -231,6 +232,7 @@ def tensors():
         ],
     )
     out, twice = torch.zeros(4, 3, 16, 16), images.repeat(2, 1, 1, 1)
+    rows = out.view(4, -1)
     yield (
         "out",
         [
@@ -254,6 +256,9 @@ def tensors():
             {"out": out, "images": images.clone().requires_grad_()},
             {"out": images, "images": images},
             {"out": twice[2:6], "images": twice[:4]},
+            {"out": out, "targets": rows},
+            {"out": out, "features": rows[:, 3:99].view(4, 6, 4, 4)},
+            {"out": out, "features": None, "saliency": rows[:, 99:115].view(4, 4, 4)},
         ],
     )
     yield (
@@ -384,7 +389,14 @@ INDEX, OUT = torch.tensor([1, 0, 3, 2, 0, 0, 0, 0]), torch.zeros(8, 3, 8, 8)
 GRAFT = [
     *[
         ("images", {"images": value})
-        for value in (None, IMAGES.numpy(), IMAGES[0, 0], IMAGES[None], IMAGES.to_sparse())
+        for value in (
+            None,
+            IMAGES.numpy(),
+            IMAGES[0, 0],
+            IMAGES[None],
+            IMAGES.to_sparse(),
+            IMAGES.to(torch.float8_e4m3fn).requires_grad_(),
+        )
     ],
     *[
         ("mask", {"mask": value})

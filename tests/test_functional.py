@@ -396,6 +396,16 @@ def test_out_takes_the_images_and_nothing_beside_them(backend, layout):
     assert (base == -7.0).all()
 
 
+def test_out_may_be_a_part_of_what_the_images_are_a_part_of(backend):
+    images, features = batch_of()
+    expected = saliency_graft(images, features, seed=1, backend=backend)
+    both = torch.cat([images, torch.full_like(images, torch.nan)])
+    out = both[len(images) :]
+    saliency_graft(both[: len(images)], features, seed=1, out=out, backend=backend)
+    assert_same_bits(out, expected.images)
+    assert_same_bits(both[: len(images)], images)
+
+
 @pytest.mark.parametrize("augmentations", [1, 3])
 def test_gradients_reach_the_images_as_where_would_pass_them(backend, augmentations):
     images, features = batch_of()

@@ -405,3 +405,10 @@ def test_fake_tensors_take_the_memory_format_of_the_images():
         fakes = [mode.from_tensor(tensor) for tensor in (images, MASK, INDEX)]
         grafted = ops.overload("graft", "reference")(*fakes)
     assert grafted.stride() == reference.graft(images, MASK, INDEX).stride()
+
+
+def test_fake_tensors_are_taken_for_out_though_they_lie_nowhere():
+    with torch._subclasses.FakeTensorMode():
+        images, features = torch.empty(4, 3, 8, 8), torch.empty(4, 6, 4, 4)
+        out = torch.empty_like(images)
+        assert sg_kernels.saliency_graft(images, features, out=out, seed=1).images is out

@@ -104,7 +104,7 @@ def test_every_option_takes_two_launches_and_reads_nothing_on_the_host(launched,
     ],
     ids=["large windows", "fine grid"],
 )
-def test_what_would_be_dear_in_every_program_takes_a_third_launch(launched, given):
+def test_what_would_cost_much_in_every_program_takes_a_third_launch(launched, given):
     saliency_graft(meta(8, 3, 64, 64), **given)
     assert len(launched) == 3
 
