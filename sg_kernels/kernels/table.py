@@ -186,7 +186,7 @@ def saliency(
 def given(map_cells: int, grid_cells: int, terms: int) -> Saliency:
     """How launch 1 checks a ready map and resamples it to ``grid_cells``, of ``terms`` each."""
     at_once = 1 if terms == 1 else 16 if terms <= 16 else 256
-    cells = min(256, 2048 // at_once)
+    cells = min(256, 1024 // at_once)
     tiles = min(64, max(cdiv(map_cells, 1024), cdiv(grid_cells, cells)))
     return Saliency("given", 1, at_once, cells, 1, 1, tiles, 1, 0, (0, 0, 0, 0))
 
