@@ -30,8 +30,8 @@ THREADS = 128
 PROGRAMS_1 = 1024
 """Launch 1 is split until it has so many, about 8 for each multiprocessor of a large device."""
 PROGRAMS_2 = 2048
-"""Launch 2 shares out the tiles of a row until it has so many: twice what runs at once. More would
-work out more masks again."""
+"""Launch 2 shares out the tiles of a row until it has so many, about 16 for each multiprocessor.
+More would work out more masks again."""
 MIN_PROGRAMS = 264
 """Tiles are made smaller until there are so many."""
 PARTIAL_BYTES = 1 << 20
