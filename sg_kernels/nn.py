@@ -1,5 +1,8 @@
 """Saliency Grafting as a module of a training loop."""
 
+import dataclasses
+import weakref
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -18,21 +21,35 @@ class SaliencyGraft(nn.Module):
 
     The randomness is two buffers, ``seed`` and ``step``, of which each call advances the second, so
     a state_dict resumes exactly. Under torch.distributed each rank draws a stream of its own from
-    the same seed.
+    the same seed. The module must be on the device of the images.
+
+    The tapped layer's feature map comes from a forward pass of the clean images before each call. A
+    network in ``.train()`` treats it as any other: BatchNorm updates its statistics and dropout
+    drops. The layer must run once a pass.
+
+    A copy (deepcopy, pickle) of the module and its layer together taps the copied layer; a copy of
+    the module alone taps none, and one of the layer alone is not tapped. No copy has a
+    :attr:`result`, or the features of a pass.
 
     Args:
-        layer: the module whose output is the feature map. It is tapped in the forward pass of the
-            clean images, which comes before each call; the pass after it is taken for that of the
-            mixed images. None: give ``features`` or ``saliency`` with each call.
+        layer: the module whose output, a tensor, is the feature map. None: give ``features`` or
+            ``saliency`` with each call.
+        mixed_pass: whether the layer also sees the mixed images. True: the pass after a call is
+            taken for theirs, and only passes in which the layer is in training mode count. False:
+            each pass counts, in either mode, and the last before the call is taken for that of the
+            clean images: for a layer of another network, such as a frozen teacher, and for one
+            that is in ``.eval()`` during the clean pass.
         num_classes: the width of the mixed targets; needed for class ids.
         prob: the probability that a call grafts. One that does not has lam = 1.
         warmup_epochs: the epochs, from 0, in which nothing is grafted, for a network that has
             learnt no salient features yet; see :meth:`set_epoch`.
-        seed: a 64-bit int; default: drawn from torch's own CPU generator.
+        seed: a 64-bit int, or an int64 tensor of one element, which is copied; default: drawn from
+            torch's own CPU generator.
 
     Attributes:
         result: the :class:`sg_kernels.GraftResult` of the last call that mixed, its images without
-            their gradient; None before.
+            their gradient; None before. It keeps that batch in memory until the next call, or until
+            it is set to None.
 
     Raises:
         TypeError, ValueError: a bad argument, by its name.
@@ -62,8 +79,9 @@ class SaliencyGraft(nn.Module):
         token_grid: tuple[int, int] | None = None,
         prefix_tokens: int = 0,
         prob: float = 1.0,
+        mixed_pass: bool = True,
         warmup_epochs: int = 0,
-        seed: int | None = None,
+        seed: int | Tensor | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -87,22 +105,29 @@ class SaliencyGraft(nn.Module):
             prob=prob,
             backend=backend,
         )
+        if not isinstance(mixed_pass, bool):
+            raise TypeError(f"mixed_pass must be a bool; got {mixed_pass!r}")
+        self.mixed_pass = mixed_pass
         arguments.check_int("warmup_epochs", warmup_epochs, 0)
         self.warmup_epochs = warmup_epochs
-        self.epoch = 0
+        # Not the epoch itself, for each of which torch.compile would compile anew.
+        self._warming_up = warmup_epochs > 0
         start = ops.draw_seed() if seed is None else arguments.seed_tensor(seed)
-        self.register_buffer("seed", start)
-        self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
+        step = torch.zeros(1, dtype=torch.int64)
+        self.register_buffer("seed", start.to(step.device, copy=True))
+        self.register_buffer("step", step)
         self.result: functional.GraftResult | None = None
         self._host_state: tuple[int, int] | None = None
         self.register_load_state_dict_post_hook(_forget_host_state)
-        self._tapped: Tensor | None = None
+        self._tapped: object = None
+        self._tapped_version: int | None = None
         self._mixed_pass_is_next = False
-        self._tap: RemovableHandle | None = None
+        self._tap: _Hook | None = None
         if layer is not None:
             if not isinstance(layer, nn.Module):
                 raise TypeError(f"layer must be a torch.nn.Module; got {type(layer).__name__}")
-            self._tap = layer.register_forward_hook(self._record)
+            hook = _Hook(self)
+            self._hold(hook, layer.register_forward_hook(hook))
 
     def forward(
         self,
@@ -118,13 +143,26 @@ class SaliencyGraft(nn.Module):
         the tapped layer. Returns the mixed images and targets, float32 (rows, num_classes), or None
         without targets. During the warm-up the images are returned as they are, and the targets
         unmixed but in the same form. :attr:`result` keeps the rest.
+
+        Raises:
+            TypeError, ValueError: as :func:`sg_kernels.saliency_graft` does, and where the module
+                is not on the device of ``images``, or the layer returned no tensor.
+            RuntimeError: the layer has seen no pass since the last call, or its output was changed
+                in place. A call that raises spends neither the pass nor a step.
         """
         if not self.training or self.options.prob == 0:
             return images, targets
-        if self.epoch < self.warmup_epochs:
-            return images, self._unmixed(targets)
+        step = self.step
+        if isinstance(images, Tensor) and images.device != step.device:
+            raise ValueError(
+                f"images must be on {step.device}, as the module is; got {images.device}: "
+                f"call .to({str(images.device)!r}) on the module"
+            )
+        if self._warming_up:
+            return images, self._unmixed(images, targets)
         if features is None and saliency is None:
-            features = self._take_tapped(images)
+            arguments.check_tensor("images", images, "(B, C, H, W)", 4)
+            features = self._tapped_features(images)
         rank = _rank()
         result = functional.run(
             self.options,
@@ -134,35 +172,53 @@ class SaliencyGraft(nn.Module):
             None,
             targets,
             lambda: self.seed,
-            self.step,
+            step,
             rank,
             lambda: self._host_call_seed(rank),
         )
         if self._host_state is not None:
             self._host_state = (self._host_state[0], self._host_state[1] + 1)
-        self._mixed_pass_is_next = self._tap is not None
+        if self._tap is not None:
+            self._tapped = None
+            self._mixed_pass_is_next = True
         self.result = result._replace(images=result.images.detach())
         return result.images, result.targets
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch, from 0, the next calls belong to."""
         arguments.check_int("epoch", epoch, 0)
-        self.epoch = epoch
+        self._warming_up = epoch < self.warmup_epochs
 
     def untap(self) -> None:
         """Takes the hook off the layer again."""
         if self._tap is not None:
-            self._tap.remove()
+            self._tap.handle.remove()
             self._tap = self._tapped = None
 
     def extra_repr(self) -> str:
-        return f"{self.options}, warmup_epochs={self.warmup_epochs}"
+        """The options that are not at their defaults."""
+        options = [
+            f"{field.name}={value!r}"
+            for field in dataclasses.fields(Options)
+            if (value := getattr(self.options, field.name)) != field.default
+        ]
+        if not self.mixed_pass:
+            options.append("mixed_pass=False")
+        if self.warmup_epochs:
+            options.append(f"warmup_epochs={self.warmup_epochs}")
+        return ", ".join(options)
 
-    def _unmixed(self, targets: Tensor | None) -> Tensor | None:
+    def __getstate__(self) -> dict[str, Any]:
+        copied = {"result": None, "_tapped": None, "_tap": None, "_mixed_pass_is_next": False}
+        return {**self.__dict__, **copied}
+
+    def _unmixed(self, images: Tensor, targets: Tensor | None) -> Tensor | None:
+        arguments.check_tensor("images", images, "(B, C, H, W)", 4)
         if targets is None:
             return None
-        rows = torch.arange(targets.shape[0], device=targets.device)
-        options = self.options
+        options, batch = self.options, images.shape[0]
+        arguments.ids_or_rows(targets, options, batch, images.device)
+        rows = torch.arange(batch, device=images.device)
         return functional.mix_targets(
             targets,
             torch.ones_like(rows, dtype=torch.float32),
@@ -172,23 +228,45 @@ class SaliencyGraft(nn.Module):
             backend=options.backend,
         )
 
-    def _record(self, layer: nn.Module, args: Any, output: Any) -> None:
-        if self._mixed_pass_is_next:
-            self._mixed_pass_is_next = False
-        elif self.training and self.options.prob > 0 and self.epoch >= self.warmup_epochs:
-            if not isinstance(output, Tensor):
-                raise TypeError(f"layer must return a tensor; got {type(output).__name__}")
-            self._tapped = output.detach()
+    def _hold(self, hook: "_Hook", handle: RemovableHandle) -> None:
+        hook.handle = handle
+        self._tap = hook
+        weakref.finalize(self, handle.remove)
 
-    def _take_tapped(self, images: Tensor) -> Tensor:
+    def _record(self, layer: nn.Module, output: object) -> None:
+        if self.mixed_pass:
+            if not layer.training:
+                return
+            if self._mixed_pass_is_next:
+                self._mixed_pass_is_next = False
+                return
+        if self.training and self.options.prob > 0 and not self._warming_up:
+            self._tapped = output.detach() if isinstance(output, Tensor) else output
+            self._tapped_version = _version(output)
+
+    def _tapped_features(self, images: Tensor) -> Tensor:
         if self._tap is None:
             raise ValueError(
-                "features or saliency is needed: SaliencyGraft was given no layer to tap"
+                "features or saliency is needed: this SaliencyGraft taps no layer (a copy made "
+                "without its layer does not either)"
             )
-        features, self._tapped = self._tapped, None
+        features = self._tapped
         if features is None:
             raise RuntimeError(
-                "layer has seen no forward pass of these images; run the network on them first"
+                "layer has seen no pass of these images: before each call run the network on them, "
+                "in training mode; the pass after a call is taken for that of the mixed images. "
+                "A layer in eval mode, or one that does not see the mixed images, needs "
+                "mixed_pass=False"
+                if self.mixed_pass
+                else "layer has seen no pass of these images: run its network on them before each "
+                "call"
+            )
+        if not isinstance(features, Tensor):
+            raise TypeError(f"layer must return a tensor; got {type(features).__name__}")
+        if _was_written_to(features, self._tapped_version):
+            raise RuntimeError(
+                "layer: its output was changed in place after its pass, as nn.ReLU(inplace=True) "
+                "does; make that operation out of place, tap a layer after it, or give features"
             )
         if features.shape[0] != images.shape[0]:
             raise ValueError(
@@ -198,10 +276,51 @@ class SaliencyGraft(nn.Module):
         return features
 
     def _host_call_seed(self, rank: int) -> int:
-        """The call's seed on the host, which counts the steps too: reading ``step`` may sync."""
+        """The call's seed on the host, which counts a GPU's steps too: reading them would sync.
+
+        There a write into the buffers goes unnoticed, other than by load_state_dict.
+        """
+        if self.step.device.type == "cpu":
+            return int(rng.call_seed(int(self.seed), int(self.step), rank))
         if self._host_state is None:
             self._host_state = int(self.seed), int(self.step)
         return int(rng.call_seed(*self._host_state, rank))
+
+
+class _Hook:
+    """Hands a layer's outputs to the module, which it does not keep alive."""
+
+    handle: RemovableHandle
+
+    def __init__(self, module: SaliencyGraft) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self, layer: nn.Module, args: Any, output: object) -> None:
+        module = self._module()
+        if module is not None:
+            module._record(layer, output)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # A copied hook serves the copied module, and is removed with it if nobody else holds that.
+        return _copied_hook, (self._module(), self.handle)
+
+
+def _copied_hook(module: SaliencyGraft, handle: RemovableHandle) -> _Hook:
+    hook = _Hook(module)
+    module._hold(hook, handle)
+    return hook
+
+
+def _was_written_to(features: Tensor, since: int | None) -> bool:
+    now = _version(features)
+    return now is not None and since is not None and now != since
+
+
+def _version(output: object) -> int | None:
+    """How often a tensor was written to in place; None where that is not counted."""
+    if not isinstance(output, Tensor) or torch.compiler.is_compiling() or output.is_inference():
+        return None
+    return output._version
 
 
 def _forget_host_state(module: nn.Module, incompatible_keys: Any) -> None:

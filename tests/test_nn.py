@@ -1,10 +1,12 @@
 """The module of a training loop."""
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -210,10 +212,110 @@ def test_a_layer_that_returns_no_tensor_is_refused():
         def forward(self, images):
             return images, images
 
+    images, ids, features = batch_of()
     layer = Two()
-    SaliencyGraft(layer)
-    with pytest.raises(TypeError, match="layer"):
-        layer(torch.zeros(1))
+    module = SaliencyGraft(layer, num_classes=5)
+    layer(images)
+    with pytest.raises(TypeError, match="layer must return a tensor; got tuple"):
+        module(images, ids)
+    module(images, ids, features=features)
+    layer(images)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_an_output_changed_in_place_is_refused(mode):
+    images, ids, _ = batch_of()
+    layer = nn.Conv2d(3, 8, 3, stride=4)
+    net = nn.Sequential(layer, nn.ReLU(inplace=True))
+    module = SaliencyGraft(layer, num_classes=5)
+    with mode():
+        net(images)
+    with pytest.raises(RuntimeError, match="layer: its output was changed in place"):
+        module(images, ids)
+
+
+def test_a_pass_in_inference_mode_will_do():
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    with torch.inference_mode():
+        features = net.body(images)
+    module(images.requires_grad_(), ids)[0].sum().backward()
+    torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
+
+
+def test_a_frozen_teacher_in_eval_mode_sees_no_mixed_images():
+    teacher = Net().eval()
+    module = SaliencyGraft(teacher.body, num_classes=5, mixed_pass=False)
+    for seed in range(3):
+        images, ids, _ = batch_of(seed=seed)
+        features = teacher.body(images)
+        module(images, ids)
+        torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
+    with pytest.raises(RuntimeError, match="layer has seen no pass of these images"):
+        module(images, ids)
+
+
+def test_the_clean_pass_may_be_in_eval_mode_without_the_mixed_one():
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, mixed_pass=False)
+    for seed in range(3):
+        images, ids, _ = batch_of(seed=seed)
+        features = net.eval().body(images)
+        mixed, _ = module(images, ids)
+        torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
+        net.train()(mixed)
+
+
+def test_passes_of_a_layer_in_eval_mode_do_not_count():
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    net.eval()(images)
+    with pytest.raises(RuntimeError, match="mixed_pass=False"):
+        module(images, ids)
+    features = net.train().body(images)
+    net.eval()(images + 1)
+    mixed, _ = module(images, ids)
+    torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
+    net.eval()(images)
+    net.train()(mixed)
+    with pytest.raises(RuntimeError, match="layer"):
+        module(images, ids)
+
+
+@pytest.mark.parametrize("mixed_pass", [None, 1, "yes"])
+def test_mixed_pass_is_a_bool(mixed_pass):
+    with pytest.raises(TypeError, match="mixed_pass must be a bool"):
+        SaliencyGraft(mixed_pass=mixed_pass)
+
+
+def test_a_refused_call_leaves_the_pass_to_the_next(backend):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, backend=backend)
+    features = net.body(images)
+    with pytest.raises(ValueError, match="targets"):
+        module(images, ids + 3)
+    module(images, ids)
+    torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
+
+
+def test_a_call_with_features_spends_the_pass_too():
+    images, ids, features = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    net(images)
+    module(images, ids, features=features)
+    with pytest.raises(RuntimeError, match="layer"):
+        module(images, ids)
+
+
+def test_images_on_another_device_are_refused():
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5)
+    with pytest.raises(ValueError, match=r"images must be on cpu.*got meta: call .to\('meta'\)"):
+        module(images.to("meta"), ids, features=features)
 
 
 def test_evaluation_returns_the_inputs(backend):
@@ -289,6 +391,67 @@ def test_warm_up_takes_dense_targets_and_none(backend):
     dense = torch.rand(4, 5)
     assert torch.equal(module(images, dense)[1], dense)
     assert module(images) == (images, None)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[0, 1, 2, 3], torch.arange(3), torch.rand(4), torch.arange(4) + 9]
+)
+def test_warm_up_refuses_targets_as_any_epoch_does(wrong):
+    images, _, features = batch_of()
+    module = SaliencyGraft(num_classes=5, warmup_epochs=1)
+    messages = []
+    for epoch in range(2):
+        module.set_epoch(epoch)
+        with pytest.raises((TypeError, ValueError), match="targets") as caught:
+            module(images, wrong, features=features)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+@pytest.mark.parametrize("wrong", [None, [1], torch.zeros(3, 16, 16), torch.tensor(1.0)])
+def test_what_is_no_batch_of_images_is_refused(wrong, warmup_epochs):
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, warmup_epochs=warmup_epochs)
+    net(torch.randn(4, 3, 16, 16))
+    with pytest.raises((TypeError, ValueError), match=r"images must be .*\(B, C, H, W\)"):
+        module(wrong)
+
+
+def test_epochs_compile_once_for_the_warm_up_and_once_after_it():
+    torch.compiler.reset()
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, warmup_epochs=2, backend="reference")
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    frames = []
+    for epoch in range(6):
+        module.set_epoch(epoch)
+        compiled(images, ids, features=features)
+        frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch.compiler.reset()
+    assert [count - frames[0] for count in frames] == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_training_step_compiles_whole():
+    torch.compiler.reset()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, seed=3, backend="reference")
+    images, ids, _ = batch_of()
+
+    def step(images, ids):
+        with torch.no_grad():
+            net(images)
+        mixed, targets = module(images, ids)
+        return mixed, F.cross_entropy(net(mixed), targets)
+
+    expected = [step(images, ids) for _ in range(3)]
+    module.step.zero_()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for mixed, loss in expected:
+        one, other = compiled(images, ids)
+        assert_same_bits(one, mixed)
+        torch.testing.assert_close(other, loss)
+    torch.compiler.reset()
 
 
 def test_warm_up_taps_no_layer(backend):
@@ -389,7 +552,117 @@ def test_a_copy_can_be_made_after_a_call_with_gradients(backend):
     images, ids, features = batch_of()
     module = SaliencyGraft(num_classes=5, backend=backend)
     module(images.requires_grad_(), ids, features=features)
-    assert int(copy.deepcopy(module).step) == 1
+    twin = copy.deepcopy(module)
+    assert int(twin.step) == 1
+    assert twin.result is None
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
+@pytest.mark.parametrize("order", [1, -1])
+def test_copies_in_either_order_tap_the_copied_layer_until_they_untap_or_go(duplicate, order):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    net(images)
+    twins = duplicate([net, module][::order])[::order]
+    assert twins[1]._tapped is None
+    twins[0](images)
+    twins[1](images, ids)
+    twins[1].untap()
+    assert not twins[0].body._forward_hooks
+    twins = duplicate([net, module][::order])[::order]
+    layer = twins[0].body
+    assert len(layer._forward_hooks) == 1
+    del twins
+    gc.collect()
+    assert not layer._forward_hooks
+    assert len(net.body._forward_hooks) == 1
+    module(images, ids)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, by_pickle, by_torch_save])
+def test_a_copy_without_its_layer_taps_none(duplicate):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    net(images)
+    with pytest.raises(ValueError, match="taps no layer"):
+        duplicate(module)(images, ids)
+    module(images, ids)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
+def test_a_copy_made_after_a_call_starts_with_a_clean_pass(duplicate):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    net(images)
+    module(images, ids)
+    twin_net, twin = duplicate([net, module])
+    features = twin_net.body(images)
+    twin(images, ids)
+    torch.testing.assert_close(twin.result.saliency, features.abs().sum(1))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
+def test_a_copy_of_the_layer_is_not_tapped(duplicate):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    twin = duplicate(net)
+    gc.collect()
+    assert not twin.body._forward_hooks
+    twin(images)
+    with pytest.raises(RuntimeError, match="layer"):
+        module(images, ids)
+
+
+def test_the_layer_does_not_keep_the_module_alive():
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    net(images)
+    module(images, ids)
+    gone = weakref.ref(module)
+    del module
+    assert gone() is None
+    assert not net.body._forward_hooks
+    net(images)
+
+
+def test_the_module_does_not_keep_the_layer_alive():
+    net = Net()
+    module = SaliencyGraft(net.body)
+    gone = weakref.ref(net.body)
+    del net
+    gc.collect()
+    assert gone() is None
+    module.untap()
+
+
+def test_a_write_into_the_step_counts_for_the_grid_sizes_too(backend):
+    sizes = [(2, 2), (4, 4), (3, 3), (4, 2)]
+    images, _, features = batch_of()
+    module = SaliencyGraft(grid_size=sizes, seed=6, backend=backend)
+    for step in (0, 7, 8, 2):
+        module.step.fill_(step)
+        module(images, features=features)
+        expected = rng.draw_grid_size(truth.call_seed(6, step, 0), tuple(sizes))
+        assert tuple(module.result.mask.shape[1:]) == expected
+
+
+def test_a_seed_tensor_is_copied():
+    seed = torch.tensor([4])
+    module = SaliencyGraft(seed=seed)
+    seed.fill_(5)
+    assert int(module.seed) == 4
+
+
+@pytest.mark.parametrize("seed", [None, 4, torch.tensor(4)])
+def test_the_buffers_are_on_the_default_device(seed):
+    with torch.device("meta"):
+        module = SaliencyGraft(seed=seed)
+    assert module.seed.device.type == module.step.device.type == "meta"
 
 
 @pytest.mark.slow
@@ -508,6 +781,12 @@ def test_repr_tells_the_options():
     text = repr(SaliencyGraft(temperature=0.75, warmup_epochs=4))
     assert "temperature=0.75" in text
     assert "warmup_epochs=4" in text
+
+
+def test_repr_leaves_out_the_defaults():
+    assert repr(SaliencyGraft()) == "SaliencyGraft()"
+    module = SaliencyGraft(num_classes=5, k=3, selection="topk", mixed_pass=False)
+    assert repr(module) == "SaliencyGraft(selection='topk', k=3, num_classes=5, mixed_pass=False)"
 
 
 RANK_SCRIPT = """
