@@ -145,7 +145,7 @@ def check_out(out: Any, images: Tensor, rows: int, **others: Tensor | None) -> N
         raise ValueError(f"out must be {expected}; got {tuple(out.shape)}")
     if torch.is_grad_enabled() and (images.requires_grad or out.requires_grad):
         raise ValueError("out does not go with gradients; detach images, or drop out")
-    if not (_has_values(out) and out.numel()):
+    if not (has_values(out) and out.numel()):
         return
     begin, end = _memory(out)
     for name, other in {"images": images, **others}.items():
@@ -254,6 +254,12 @@ def is_size(value: Any) -> TypeGuard[tuple[int, int]]:
     )
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Not where a compiler or a mode traces without any."""
+    of_its_own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return not (torch.compiler.is_compiling() or of_its_own)
+
+
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) > 0 and all(is_size(size) for size in value)
 
@@ -280,9 +286,4 @@ def _check_probability(name: str, value: Any) -> None:
 
 def _values_are_checked(values: Tensor) -> bool:
     """Not those that it takes a sync to see."""
-    return _has_values(values) and (DEBUG or values.device.type == "cpu")
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Not where a compiler or a mode traces without any."""
-    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
+    return has_values(values) and (DEBUG or values.device.type == "cpu")

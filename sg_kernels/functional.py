@@ -365,6 +365,8 @@ def run(
     else:
         grid_seed = int(seed) if draw_grid_seed is None else draw_grid_seed()
         grid_size = rng.draw_grid_size(grid_seed, sizes)
+    traced = not arguments.has_values(images)
+    quantiles = torch.ops.sg_kernels.quantiles if traced else ops.quantiles
     args = (
         features,
         saliency,
@@ -373,7 +375,7 @@ def run(
         seed,
         step,
         rank,
-        ops.quantiles(options.alpha, options.keep_prob, device),
+        quantiles(options.alpha, options.keep_prob, device),
         grid_size,
         options.temperature,
         options.normalize,

@@ -156,9 +156,10 @@ _tables: dict[tuple[float, float | None, torch.device], Tensor] = {}
 
 
 def quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> Tensor:
-    """The table that p is drawn from, see :mod:`sg_kernels.rng`: int64, kept from call to call."""
-    if torch.compiler.is_compiling():
-        return torch.ops.sg_kernels.quantiles(alpha, keep_prob, device)
+    """The table that p is drawn from, see :mod:`sg_kernels.rng`: int64, kept from call to call.
+
+    Where tensors have no values the operator of this name gives one that has none either.
+    """
     key = (alpha, keep_prob, device)
     table = _tables.get(key)
     if table is None:
@@ -166,10 +167,9 @@ def quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> Te
             table = rng.beta_quantiles(alpha).to(device)
         else:
             table = rng.fixed_quantiles(keep_prob).to(device)
-        if type(table) is Tensor:  # not one without values, of a mode that traces
-            if len(_tables) >= 64:  # a schedule of alpha or keep_prob must not grow it for ever
-                _tables.clear()
-            _tables[key] = table
+        if len(_tables) >= 64:  # a schedule of alpha or keep_prob must not grow it for ever
+            _tables.clear()
+        _tables[key] = table
     return table
 
 

@@ -408,6 +408,8 @@ def test_fake_tensors_take_the_memory_format_of_the_images():
 
 
 def test_fake_tensors_are_taken_for_out_though_they_lie_nowhere():
+    # Whether or not real ones have left a table of p behind.
+    sg_kernels.saliency_graft(IMAGES, FEATURES, seed=1)
     with torch._subclasses.FakeTensorMode():
         images, features = torch.empty(4, 3, 8, 8), torch.empty(4, 6, 4, 4)
         out = torch.empty_like(images)
