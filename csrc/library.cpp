@@ -198,15 +198,20 @@ void check_out(const Tensor& out, const Tensor& images, std::int64_t rows) {
       "out must have ", rows, " rows, of the images' size and dtype");
 }
 
+void check_grid(const Tensor& mask, const Tensor& images) {
+  STD_TORCH_CHECK(
+      images.numel() == 0 || (mask.size(1) >= 1 && mask.size(1) <= images.size(2) &&
+                              mask.size(2) >= 1 && mask.size(2) <= images.size(3)),
+      "mask must have cells, and be no finer than the images");
+}
+
 void graft_out(const Tensor& out, const Tensor& images, const Tensor& mask, const Tensor& index) {
   STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
   const Tensor cells = checked(mask, ScalarType::Bool, 3, "mask");
   const Tensor destinations = checked(index, ScalarType::Long, 1, "index");
   check_rows(mask.size(0), images.size(0), index);
   check_out(out, images, mask.size(0));
-  STD_TORCH_CHECK(
-      mask.numel() == 0 || (mask.size(1) <= images.size(2) && mask.size(2) <= images.size(3)),
-      "mask must be no finer than the images");
+  check_grid(mask, images);
   const Call call(images);
   sg_kernels::graft(
       batch_of(images), data_of<bool>(cells), grid_of(mask), data_of<std::int64_t>(destinations),
@@ -228,6 +233,7 @@ Tensor graft_backward(
   const Tensor destinations = checked(index, ScalarType::Long, 1, "index");
   const std::int64_t batch = grad.size(0) / augmentations;
   STD_TORCH_CHECK(mask.size(0) == grad.size(0), "mask must have a row for each of grad's");
+  check_grid(mask, grad);
   check_rows(grad.size(0), batch, index);
   const Call call(grad);
   const Tensor out = empty_rows(grad, batch);

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_same_bits, random_bits
 
 import sg_kernels
 from sg_kernels import backends
@@ -82,6 +83,35 @@ def test_splits_change_nothing_but_rounding(batch):
     whole = saliency_graft(batch, map_size=(7, 7), channels=512).saliency
     assert whole.shape == (batch, 7, 7)
     assert (whole > 100).all()
+
+
+@emulated
+@pytest.mark.parametrize("width", [8, 15, 24, 32, 64])
+@pytest.mark.parametrize("columns", [1, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+def test_cells_that_end_within_a_chunk(width, columns, dtype):
+    images = random_bits((5, 2, 13, width), dtype)
+    mask, index = torch.rand(5, 4, columns) < 0.5, torch.randperm(5)
+    for layout in (images, images.contiguous(memory_format=torch.channels_last)):
+        out = overload("graft", "cuda")(layout, mask, index)
+        assert_same_bits(out, overload("graft", "reference")(images, mask, index))
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "l2sq"])
+def test_an_infinite_norm_gives_the_area_ratio(backend, norm):
+    saliency = torch.tensor([[[1.0, 0.1], [0.1, 0.1]], [[torch.inf, 1.0], [1.0, 1.0]]])
+    result = sg_kernels.saliency_graft(
+        torch.rand(2, 1, 4, 4),
+        saliency=saliency,
+        index=torch.tensor([1, 0]),
+        keep_prob=1.0,
+        norm=norm,
+        seed=0,
+        backend=backend,
+    )
+    # The infinite cell is the only one grafted over: what is left of the norm is finite.
+    assert result.mask.flatten(1).tolist() == [[True, False, False, False], [False] * 4]
+    assert result.lam.tolist() == [0.25, 0.0]
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm lists a library's symbols")

@@ -136,7 +136,7 @@ float label_ratio(
     area += mask[c];
   }
   return sg_kernels::label_ratio(
-      static_cast<float>(own_kept / own_total), static_cast<float>(other_left / other_total),
+      share(own_kept, own_total), share(other_left, other_total),
       static_cast<float>(area) / static_cast<float>(cells), norm);
 }
 

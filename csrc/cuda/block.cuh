@@ -4,16 +4,19 @@
 #include <cuda_runtime.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 
 #include "../kernels.h"
 
 namespace sg_kernels::cuda {
 
-constexpr int kThreads = 256;    // of every block
-constexpr int kBlocksPerSm = 3;  // that registers leave room for
+constexpr int kThreads = 256;         // of every block
+constexpr int kBlocksPerSm = 4;       // that registers leave room for,
+constexpr int kLargeBlocksPerSm = 3;  // of the gradient, and of the kernel that does all
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kChunk = 16;  // bytes of the widest access
@@ -21,6 +24,13 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+// Kernels count pixels, cells and bytes of a line in 32 bits, with room for a block that reaches
+// past the end.
+inline void check_extents(const char* name, std::initializer_list<std::int64_t> extents) {
+  constexpr std::int64_t kMaxExtent = std::int64_t{1} << 30;
+  STD_TORCH_CHECK(std::max(extents) <= kMaxExtent, name, ": too long a side for the backend cuda");
 }
 
 // Multiprocessors of the current device.
@@ -114,23 +124,36 @@ __device__ T reduce_lanes(T value, int width, const Combine& combine) {
   return value;
 }
 
-// The same in every thread of the block, all of which must call; in an order that never changes.
-template <class T, class Combine>
-__device__ T reduce_block(T value, const Combine& combine) {
-  __shared__ T of_warp[kWarps];
+// Each value the same in every thread of the block, all of which must call; in an order that never
+// changes.
+template <int kCount, class T, class Combine>
+__device__ void reduce_block(T (&values)[kCount], const Combine& combine) {
+  __shared__ T of_warp[kWarps][kCount];
   const int thread = threadIdx.x;
-  value = reduce_lanes(value, kWarp, combine);
-  if (thread % kWarp == 0) of_warp[thread / kWarp] = value;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = reduce_lanes(values[i], kWarp, combine);
+    if (thread % kWarp == 0) of_warp[thread / kWarp][i] = values[i];
+  }
   __syncthreads();
-  value = of_warp[0];
-  for (int warp = 1; warp < kWarps; ++warp) value = combine(value, of_warp[warp]);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = of_warp[0][i];
+    for (int warp = 1; warp < kWarps; ++warp) values[i] = combine(values[i], of_warp[warp][i]);
+  }
   __syncthreads();
-  return value;
+}
+
+template <int kCount, class T>
+__device__ void sum_block(T (&values)[kCount]) {
+  reduce_block(values, [](T a, T b) { return a + b; });
 }
 
 template <class T>
 __device__ T sum_block(T value) {
-  return reduce_block(value, [](T a, T b) { return a + b; });
+  T values[] = {value};
+  sum_block(values);
+  return values[0];
 }
 
 }  // namespace sg_kernels::cuda

@@ -11,9 +11,12 @@ namespace sg_kernels::cuda {
 struct Maps {
   const float* partials;
   std::int64_t batch;
-  Grid map, grid;
+  Grid map;
+  Divisor grid_height, grid_width;
   std::int32_t splits;
   std::int32_t lanes;  // neighbouring threads that share the values of a cell, a power of two
+
+  SG_HOST_DEVICE int cells() const { return grid_height * grid_width; }
 };
 
 // Stage 2: the value of a cell, where the lanes of its group all call; taken(value) of each of the
@@ -22,23 +25,22 @@ template <class Taken>
 __device__ float resample(
     const Maps& maps, std::int64_t sample, int cell, int lane, const Taken& taken) {
   const int width = static_cast<int>(maps.map.width), height = static_cast<int>(maps.map.height);
-  const int grid_width = static_cast<int>(maps.grid.width);
-  const int grid_height = static_cast<int>(maps.grid.height);
   float sum = 0.0f, count = 1.0f;
-  if (cell < grid_height * grid_width) {
-    const Window<int> rows = window(cell / grid_width, height, grid_height);
-    const Window<int> columns = window(cell % grid_width, width, grid_width);
-    const int across = columns.end - columns.begin, terms = (rows.end - rows.begin) * across;
-    const float* map = maps.partials + sample * height * width;
-    for (int term = lane; term < terms; term += maps.lanes) {
-      const int y = rows.begin + term / across, x = columns.begin + term % across;
+  if (cell < maps.cells()) {
+    const Window<int> rows = window(cell / maps.grid_width, height, maps.grid_height);
+    const Window<int> columns = window(cell % maps.grid_width, width, maps.grid_width);
+    const float* map = maps.partials + sample * maps.map.cells();
+    int y = rows.begin;
+    for (int x = columns.begin + lane;; x += maps.lanes) {
+      for (; x >= columns.end; x -= columns.end - columns.begin) ++y;
+      if (y >= rows.end) break;
       const float* value = map + y * width + x;
       float whole = *value;
       for (int split = 1; split < maps.splits; ++split)
-        whole += value[split * maps.batch * height * width];
+        whole += value[split * maps.batch * maps.map.cells()];
       sum += taken(whole);
     }
-    count = static_cast<float>(terms);
+    count = static_cast<float>((rows.end - rows.begin) * (columns.end - columns.begin));
   }
   return reduce_lanes(sum, maps.lanes, [](float a, float b) { return a + b; }) / count;
 }
@@ -46,18 +48,18 @@ __device__ float resample(
 // Calls body(cell, lane) for part `part` of `parts` of the cells, and with cells past the last, so
 // that a group's lanes stay together.
 template <class Body>
-__device__ void for_each_cell(const Maps& maps, int cells, int part, int parts, const Body& body) {
+__device__ void for_each_cell(const Maps& maps, int part, int parts, const Body& body) {
   const int groups = kThreads / maps.lanes;
   const int group = threadIdx.x / maps.lanes, lane = threadIdx.x % maps.lanes;
-  for (int first = part * groups; first < cells; first += parts * groups) body(first + group, lane);
+  for (int first = part * groups; first < maps.cells(); first += parts * groups)
+    body(first + group, lane);
 }
 
 // A sample's map on the grid, in memory that the whole block sees.
 __device__ inline void resample_to(const Maps& maps, std::int64_t sample, float* grid) {
-  const int cells = static_cast<int>(maps.grid.cells());
-  for_each_cell(maps, cells, 0, 1, [&](int cell, int lane) {
+  for_each_cell(maps, 0, 1, [&](int cell, int lane) {
     const float value = resample(maps, sample, cell, lane, [](float whole) { return whole; });
-    if (cell < cells && lane == 0) grid[cell] = value;
+    if (cell < maps.cells() && lane == 0) grid[cell] = value;
   });
   __syncthreads();
 }
@@ -105,17 +107,18 @@ __device__ inline void select_by_rank(const float* grid, int cells, std::int64_t
 // Stages 3 and 4.
 __device__ inline void select(
     const float* grid, int cells, const Selection& selection, bool* keep) {
-  int strange = 0;
-  float low = grid[0], peak = grid[0];
+  // NaN loses to a number, so what is not finite shows as an infinite peak; `low` is negated, so
+  // that both are maxima.
+  float extremes[2] = {-INFINITY, -INFINITY};
   for (int c = threadIdx.x; c < cells; c += kThreads) {
-    strange += !(grid[c] - grid[c] == 0.0f);
-    low = fminf(low, grid[c]);
-    peak = fmaxf(peak, grid[c]);
+    const bool finite = grid[c] - grid[c] == 0.0f;
+    extremes[0] = fmaxf(extremes[0], finite ? grid[c] : INFINITY);
+    extremes[1] = fmaxf(extremes[1], -grid[c]);
   }
-  const bool finite = sum_block(strange) == 0, by_threshold = selection.k == 0;
-  low = reduce_block(low, [](float a, float b) { return fminf(a, b); });
-  peak = reduce_block(peak, [](float a, float b) { return fmaxf(a, b); });
-  if (!finite || (by_threshold && low >= peak * kFlat))
+  reduce_block(extremes, [](float a, float b) { return fmaxf(a, b); });
+  const float peak = extremes[0], low = -extremes[1];
+  const bool by_threshold = selection.k == 0;
+  if (peak == INFINITY || (by_threshold && low >= peak * kFlat))
     for (int c = threadIdx.x; c < cells; c += kThreads) keep[c] = false;
   else if (by_threshold)
     select_by_threshold(grid, cells, peak, selection, keep);
@@ -143,25 +146,22 @@ __device__ inline void sample(
 // Stage 7.
 __device__ inline float label_ratio(
     const float* own, const float* other, const bool* mask, int cells, Norm norm) {
-  // In double, the square of no float overflows.
-  double own_total = 0.0, own_kept = 0.0, other_total = 0.0, other_left = 0.0;
-  int area = 0;
+  // In double, the square of no float overflows. Total and kept of own, total and left of other,
+  // and the area.
+  double sums[5] = {};
   for (int c = threadIdx.x; c < cells; c += kThreads) {
     const double own_weight = weight<double>(own[c], norm);
     const double other_weight = weight<double>(other[c], norm);
-    own_total += own_weight;
-    other_total += other_weight;
-    own_kept += mask[c] ? own_weight : 0.0;
-    other_left += mask[c] ? 0.0 : other_weight;
-    area += mask[c];
+    sums[0] += own_weight;
+    sums[1] += mask[c] ? own_weight : 0.0;
+    sums[2] += other_weight;
+    sums[3] += mask[c] ? 0.0 : other_weight;
+    sums[4] += mask[c];
   }
-  own_total = sum_block(own_total);
-  own_kept = sum_block(own_kept);
-  other_total = sum_block(other_total);
-  other_left = sum_block(other_left);
+  sum_block(sums);
   return sg_kernels::label_ratio(
-      static_cast<float>(own_kept / own_total), static_cast<float>(other_left / other_total),
-      static_cast<float>(sum_block(area)) / static_cast<float>(cells), norm);
+      share(sums[1], sums[0]), share(sums[3], sums[2]),
+      static_cast<float>(sums[4]) / static_cast<float>(cells), norm);
 }
 
 // Stage 8. False where a class id is out of range, and the mixed row NaN.

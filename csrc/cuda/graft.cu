@@ -22,7 +22,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) graft_kernel(
   const std::int64_t row = blockIdx.x / tile.tiles, own = row % images.batch;
   const std::int64_t other = destination(index[row], own, images.batch);
   const int number = static_cast<int>(blockIdx.x % tile.tiles);
-  copy_tiles(tile, number, tile.tiles, images, out, {row, own, other, mask + row * grid.cells()});
+  copy_tiles(
+      tile, number, tile.tiles, images, out,
+      {images, out, row, own, other, mask + row * grid.cells()});
 }
 
 struct GraftBackward {
@@ -55,8 +57,7 @@ __device__ void add_tile(const GraftBackward& work) {
     if (!own) bits = ~bits;
 #pragma unroll
     for (int i = 0; i < kLinesInFlight; ++i) {
-      constexpr std::uint32_t kAll = (std::uint32_t{1} << Numbers::kBytes) - 1;
-      const std::uint32_t of_line = bits >> i * kChunk & kAll;
+      const std::uint32_t of_line = bits >> i * kChunk & kAll<Numbers::kBytes>;
       if (!column.has(i) || of_line == 0) continue;
       const Numbers value =
           Numbers::load(from + row * grad.batch_stride + line_offset(tile, grad, column.line(i)));
@@ -89,7 +90,8 @@ __device__ void add_tile(const GraftBackward& work) {
 
 // Chunks are as wide as they can be, or an element: one number or, where it is complex, two.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) graft_backward_kernel(GraftBackward work) {
+__global__ void __launch_bounds__(kThreads, kLargeBlocksPerSm)
+    graft_backward_kernel(GraftBackward work) {
   constexpr int kSize = static_cast<int>(sizeof(T));
   if (work.tile.chunk == kChunk) return add_tile<T, kChunk / kSize>(work);
   if constexpr (kChunk > 2 * kSize)
@@ -126,7 +128,7 @@ void graft(
     const Context& context) {
   using namespace cuda;
   if (pixels(out) == 0) return;
-  const Tile tile = plan_tile(images, out, grid, kWidths);
+  const Tile tile = plan_tile(images, out, grid, false);
   launch(
       graft_kernel, out.batch * tile.tiles, false, context, tile, images, mask, grid, index, out);
 }
@@ -136,7 +138,7 @@ void graft_backward(
     const Batch& out, const Context& context) {
   using namespace cuda;
   if (pixels(out) == 0) return;
-  const GraftBackward work{plan_tile(grad, out, grid, kWidest), grad, mask, grid, index, out};
+  const GraftBackward work{plan_tile(grad, out, grid, true), grad, mask, grid, index, out};
   const std::int64_t blocks = out.batch * work.tile.tiles;
   const auto start = [&](auto kernel) { launch(kernel, blocks, false, context, work); };
   switch (type) {

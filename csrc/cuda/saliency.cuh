@@ -50,6 +50,7 @@ inline SaliencyPlan plan_saliency(const Batch& features) {
   const std::int64_t cells = features.height * features.width, element = features.element;
   const std::int64_t sample_stride = features.batch > 1 ? features.batch_stride : 0;
   const std::int32_t lanes = kChunk / static_cast<std::int32_t>(element);
+  check_extents("features", {cells, features.channels});
   SaliencyPlan plan{};
   plan.splits = 1;
   if (features.channels > 1 && features.channel_stride == element) {
@@ -78,10 +79,11 @@ inline SaliencyPlan plan_saliency(const Batch& features) {
   plan.rows = static_cast<std::int32_t>(features.channels / plan.planes);
   plan.tiles = static_cast<std::int32_t>(ceil_div(plan.chunks, plan.columns));
   const std::int64_t batch = std::max<std::int64_t>(1, features.batch);
+  // No more splits than the kernel that does all has room for.
   const std::int64_t most = std::min(
       {kMaxSplits, std::int64_t{plan.rows} / (kThreads / plan.columns * kInFlight),
        kMaxSums / cells, kPartialBytes / 4 / (batch * cells),
-       kBlocksPerSm * multiprocessors() / (batch * plan.tiles)});
+       kLargeBlocksPerSm * multiprocessors() / (batch * plan.tiles)});
   while (2 * plan.splits <= most) plan.splits *= 2;
   return plan;
 }
@@ -185,10 +187,9 @@ __device__ inline void check_map(
   for (int cell = first; cell < cells; cell += step)
     map[sample * cells + cell] = checked_saliency(maps.partials[sample * cells + cell]);
   if (grid == nullptr) return;
-  const int grid_cells = static_cast<int>(maps.grid.cells());
-  for_each_cell(maps, grid_cells, tile, tiles, [&](int cell, int lane) {
+  for_each_cell(maps, tile, tiles, [&](int cell, int lane) {
     const float value = resample(maps, sample, cell, lane, checked_saliency);
-    if (cell < grid_cells && lane == 0) grid[sample * grid_cells + cell] = value;
+    if (cell < maps.cells() && lane == 0) grid[sample * maps.cells() + cell] = value;
   });
 }
 

@@ -64,7 +64,7 @@ __device__ void graft_task(const GraftWork& work, int task) {
   const int own = row % batch, draw = row / batch;
   const std::int64_t index = work.outputs.index[row];
   const bool valid = in_range(index, batch);
-  const std::int64_t other = valid ? index : own;
+  const int other = valid ? static_cast<int>(index) : own;
   float *own_grid = held[0], *other_grid = held[1];
   bool* kept = mask;
   if (work.grids != nullptr) {
@@ -76,12 +76,15 @@ __device__ void graft_task(const GraftWork& work, int task) {
   resample_to(work.maps, own, own_grid);
   select(own_grid, cells, inputs.selection, kept);
   sample(kept, own, draw, cells, inputs.draws, *work.call_seed);
+  if (part == 0) {
+    resample_to(work.maps, other, other_grid);
+    finish_row(work, row, own, other, valid, own_grid, other_grid, kept);
+  }
+  // Last, when what the stages before it hold in registers is done with.
   if (work.grids == nullptr)
     copy_tiles(
-        work.tile, part, work.parts, inputs.images, work.outputs.images, {row, own, other, kept});
-  if (part > 0) return;
-  resample_to(work.maps, other, other_grid);
-  finish_row(work, row, own, other, valid, own_grid, other_grid, kept);
+        work.tile, part, work.parts, inputs.images, work.outputs.images,
+        {inputs.images, work.outputs.images, row, own, other, kept});
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) graft_rows_kernel(GraftWork work) {
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) graft_rows_kernel(Graf
 }
 
 // Both stages: the blocks wait for each other in between.
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kLargeBlocksPerSm)
     saliency_graft_kernel(SaliencyWork saliency, GraftWork graft) {
   if (blockIdx.x < saliency.tasks()) saliency_task(saliency, blockIdx.x);
   cooperative_groups::this_grid().sync();
@@ -100,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 template <class Kernel>
 bool fits(Kernel kernel, std::int64_t blocks) {
   const int all = multiprocessors();
-  if (blocks > std::int64_t{kBlocksPerSm} * all) return false;
+  if (blocks > std::int64_t{kLargeBlocksPerSm} * all) return false;
   int per_sm = 0;
   check(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, 0),
@@ -123,19 +126,25 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
         kWarp, next_power_of_2(longest(from.height, to.height) * longest(from.width, to.width)));
   };
 
+  check_extents(
+      "grid_size",
+      {map.cells(), grid.cells(), (map.height + 1) * grid.height, (map.width + 1) * grid.width});
+  const Divisor grid_height(static_cast<std::int32_t>(grid.height));
+  const Divisor grid_width(static_cast<std::int32_t>(grid.width));
+
   SaliencyWork saliency{};
   saliency.features = inputs.features;
   saliency.features.batch = batch;
   saliency.type = inputs.features_type;
   saliency.partials = outputs.saliency;
-  Maps maps{outputs.saliency, batch, map, grid, 1, lanes_of(map, grid)};
+  Maps maps{outputs.saliency, batch, map, grid_height, grid_width, 1, lanes_of(map, grid)};
   if (inputs.ready_map != nullptr) {
     saliency.plan = plan_given(map, grid, maps.lanes);
     saliency.given = maps;
     saliency.given.partials = inputs.ready_map;
     if (map.height != grid.height || map.width != grid.width) {
       saliency.grid = static_cast<float*>(context.scratch(batch * grid.cells() * 4));
-      maps = {saliency.grid, batch, grid, grid, 1, 1};
+      maps = {saliency.grid, batch, grid, grid_height, grid_width, 1, 1};
     }
   } else {
     saliency.plan = plan_saliency(inputs.features);
@@ -149,9 +158,8 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
                       inputs.given_index, outputs.index, call_seed};
   saliency.pairing_tasks = saliency.pairing.tasks(batch);
 
-  GraftWork graft{
-      inputs, outputs,   maps,   plan_tile(inputs.images, outputs.images, grid, kWidths),
-      1,      call_seed, nullptr};
+  GraftWork graft{inputs, outputs,   maps,   plan_tile(inputs.images, outputs.images, grid, false),
+                  1,      call_seed, nullptr};
   const std::int64_t sums = maps.splits * ceil_div(maps.map.cells(), grid.cells());
   const bool at_once = grid.cells() <= kMaxCells && sums <= kMaxTerms;
   if (!at_once)
