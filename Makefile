@@ -32,7 +32,7 @@ test-compiled: $(STAMP)
 
 # Of what takes the interpreter seconds a case, a few; what is drawn is tested on the compiled backends.
 INTERPRETED := -k triton -m "not slow" --cases $(CASES) \
-	--ignore tests/test_distribution.py --ignore tests/test_benchmarks.py
+	--ignore tests/test_distribution.py --ignore tests/test_benchmarks.py --ignore tests/test_gpu.py
 
 test-interpreted: $(STAMP)
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(INTERPRETED)
@@ -75,6 +75,7 @@ bench: $(STAMP) ## every operator, backend and shape by itself, under pytest-ben
 
 compare: $(PEERS) ## beside the reference, torch.compile and other mixups, into benchmarks/results/
 	$(RUN) -m benchmarks.compare
+	$(RUN) -m benchmarks.host
 
 bench-check: $(PEERS) ## has a ratio fallen against the committed ones?
 	$(RUN) -m benchmarks.check

@@ -85,7 +85,8 @@ def measure(device: str, quick: bool, rounds: int) -> list[Row]:
             samples = prepared.wall_times(rounds)
         else:
             samples, _ = prepared.device_times(clock, rounds)
-        rows += [row for row in ratio_rows(case, samples, device) if higher_is_better(row)]
+        found = ratio_rows(case, samples, device, samples.keys())
+        rows += [row for row in found if higher_is_better(row)]
     return rows
 
 

@@ -3,15 +3,17 @@
     python -m benchmarks.compare            everything, into benchmarks/results/
     python -m benchmarks.compare --quick    a smoke run on tiny shapes, whose numbers mean nothing
 
-Writes <machine>.csv, one row a figure; <machine>.md, the same as tables; and plots. On CUDA where
-there is a device, else on the CPU. What cannot run is a row without a value that says why.
+Writes <machine>.csv, one row a figure; <machine>.md, the same as tables; and plots. All rows so far
+are written whenever there are more; what takes longest, compiling the reference, comes last. On
+CUDA where there is a device, else on the CPU. What cannot run is a row without a value that says
+why.
 """
 
 import argparse
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,21 +27,24 @@ from benchmarks.candidates import (
     EAGER,
     Call,
     Candidate,
+    compiled,
     copies,
     everything,
     ours,
     own_backends,
     peers,
+    two_launches,
 )
 from benchmarks.cases import Case, floor_bytes, make_data
 from benchmarks.measure import DeviceClock, Samples, Timed, interleave, reason
 from benchmarks.memory import peak_memory
-from benchmarks.results import OVER_FLOOR, Row, absent, row_of
+from benchmarks.results import OVER_FLOOR, OVER_LARGER_FLOOR, Row, absent, row_of
 from benchmarks.step import measure_steps
 from sg_kernels import ops
 
 AT_LEAST_NS = 2e6
 TIME, DEVICE_TIME, HOST_TIME = "time", "device time", "host time"
+WAITS = "it waits for the device"
 
 
 def main() -> None:
@@ -47,22 +52,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101, help="measured rounds (101)")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
-    parser.add_argument("--results", type=Path, default=results.RESULTS, help="where to write")
+    parser.add_argument("--results", type=Path, help="where to write")
     options = parser.parse_args()
+    quick_results = results.RESULTS.parents[1] / "build" / "quick"
+    directory = options.results or (quick_results if options.quick else results.RESULTS)
     if options.threads or options.quick:
         torch.set_num_threads(options.threads or 1)
     torch.manual_seed(0)
     np.random.seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = options.results / f"{results.file_name(device)}.csv"
+    path = directory / f"{results.file_name(device)}.csv"
     run, rows = results.describe_run(device), [load_average()]
     print(f"load average at the start: {rows[0].value} (idle, if the times are to count)")
     clock = DeviceClock() if device == "cuda" else None
     rounds = 5 if options.quick else options.rounds
-    for section in measure_all(device, clock, options.quick, rounds):
-        rows += section
-        results.write(path, run, rows)  # what is measured survives what comes after
-    path.with_suffix(".md").write_text(report.tables(run, rows))
+    for more in measure_all(device, clock, options.quick, rounds):
+        rows += more
+        results.write(path, run, rows)
+        path.with_suffix(".md").write_text(report.tables(run, rows))
     try:
         from benchmarks import plots
 
@@ -81,34 +88,39 @@ def load_average() -> Row:
 def measure_all(
     device: str, clock: DeviceClock | None, quick: bool, rounds: int
 ) -> Iterator[list[Row]]:
-    """Every figure, by sections; one that fails is a row that says so, and the others go on."""
-    for case in cases.headline(device, quick):
-        yield guarded(case.name, lambda case=case: headline(case, device, clock, rounds, quick))
+    """Every figure; a section that fails is a row that says so, and the others go on."""
+    headlines = cases.headline(device, quick)
+    # Before anything is profiled, which can make every later launch slower.
+    yield from guarded("tiny", host_times(device, rounds))
+    for case in headlines:
+        yield from guarded(case.name, headline(case, everything(device), device, clock, rounds))
     if clock is None:
-        yield guarded("peak memory", lambda: peak_memory(quick))
-    yield guarded("tiny", lambda: host_times(device, rounds))
+        yield from guarded("peak memory", peak_memory(quick))
     few = max(5, rounds // 4)
     for axis, points in cases.growth(device, quick).items():
+        yield from guarded(axis, grow(points, device, clock, few))
+    steps = 3 if quick else max(15, rounds // 8)
+    yield from guarded("training step", measure_steps(device, quick, steps), grad=True)
+    for case in headlines:
+        yield from guarded(case.name, count(case, everything(device), device, clock))
+    for slow in compiled(device, quick):
+        for case in headlines:
+            chosen = [*(ours(backend)[0] for backend in own_backends(device)), slow]
+            measured = headline(case, chosen, device, clock, rounds, {slow.name})
+            yield from guarded(case.name, measured)
 
-        def section(points: list[tuple[int, Case]] = points) -> list[Row]:
-            return grow(points, device, clock, few)
 
-        yield guarded(axis, section)
-    steps = max(3, rounds // 8)
-    yield guarded("training step", lambda: measure_steps(device, quick, steps), grad=True)
-
-
-def guarded(section: str, measured: Callable[[], list[Row]], grad: bool = False) -> list[Row]:
+def guarded(section: str, measured: Iterable[list[Row]], grad: bool = False) -> Iterator[list[Row]]:
+    """What it yields, up to where it fails and a row that says so."""
     try:
         with torch.set_grad_enabled(grad):
-            rows = measured()
+            yield from measured
     except Exception as error:
         print(f"{section}: not measured, {reason(error)}")
-        rows = [absent(section, "", "all", "all", reason(error))]
+        yield [absent(section, "", "all", "all", reason(error))]
     gc.collect()
     with contextlib.suppress(RuntimeError):  # of a device that a kernel has brought down
         torch.cuda.empty_cache()
-    return rows
 
 
 class Prepared:
@@ -120,7 +132,6 @@ class Prepared:
         self.absent_on_device: dict[str, str] = {}
         self.candidates: list[Candidate] = []
         self.calls: dict[str, Call] = {}
-        torch._dynamo.reset()
         data = make_data(case, device)
         for candidate in candidates:
             try:
@@ -139,52 +150,68 @@ class Prepared:
 
     def device_times(self, clock: DeviceClock, rounds: int) -> tuple[Samples, dict[str, str]]:
         """And how each was timed."""
-        sets = clock.sets(floor_bytes(self.case))
-        inputs = [make_data(self.case, self.device, seed_on_device=True) for _ in range(sets)]
+        floor = floor_bytes(self.case)
+        warm = "" if clock.cold(floor) else ", which the L2 may hold"
+        inputs = [
+            make_data(self.case, self.device, seed_on_device=True) for _ in range(clock.sets(floor))
+        ]
         timed, notes = {}, {}
-        # Those that may spoil a capture come last.
-        for candidate in sorted(self.candidates, key=lambda candidate: not candidate.capturable):
+        for candidate in self.candidates:
             name = candidate.name
             if name in self.absent:
                 continue
             try:
                 calls = [candidate.build(self.case, data) for data in inputs]
-                timed[name], notes[name] = clock.prepare(calls, candidate.capturable)
+                if measure.count_syncs(calls[0]):
+                    self.absent_on_device[name] = WAITS
+                    continue
+                timed[name], how = clock.prepare(calls, candidate.capturable)
+                notes[name] = how + warm
             except Exception as error:
                 self.absent_on_device[name] = reason(error)
         title = f"{self.case.name}, device"
         return interleave(timed, rounds, clock, title, self.absent_on_device), notes
 
-    def absent_rows(self) -> list[Row]:
+    def absent_rows(self, shown: Collection[str]) -> list[Row]:
         return [
             absent(self.case.name, self.case.shape, name, figure, why)
             for figure, names in ((TIME, self.absent), (DEVICE_TIME, self.absent_on_device))
             for name, why in names.items()
+            if name in shown
         ]
 
 
 def headline(
-    case: Case, device: str, clock: DeviceClock | None, rounds: int, quick: bool
-) -> list[Row]:
-    """Everything on one case: ratios, times, rates, counts."""
-    prepared = Prepared(case, everything(device, quick), device)
+    case: Case,
+    candidates: list[Candidate],
+    device: str,
+    clock: DeviceClock | None,
+    rounds: int,
+    shown: Collection[str] = (),
+) -> Iterator[list[Row]]:
+    """Ratios, times and rates on one case, of the candidates ``shown``: of all, by default."""
+    shown = shown or {candidate.name for candidate in candidates}
+    prepared = Prepared(case, candidates, device)
+    candidates = [candidate for candidate in prepared.candidates if candidate.name in shown]
     host = prepared.wall_times(rounds)
-    rows = [Row(case.name, case.shape, "floor", "bytes", floor_bytes(case), "B")]
-    rows += time_rows(case, prepared.candidates, host, TIME, {})
-    decisive = host
-    if clock is not None:
-        decisive, notes = prepared.device_times(clock, rounds)
-        rows += time_rows(case, prepared.candidates, decisive, DEVICE_TIME, notes)
+    yield [Row(case.name, case.shape, "floor", "bytes", floor_bytes(case), "B")]
+    yield time_rows(case, candidates, host, TIME, {})
+    if clock is None:
+        yield ratio_rows(case, host, device, shown)
+    else:
         waits = {name: Timed(prepared.calls[name]) for name in host}
         enqueued = interleave(waits, max(5, rounds // 4), measure.host, "host", prepared.absent)
-        rows += [
+        yield [
             row_of(case.name, case.shape, name, HOST_TIME, values / 1e3, "us")
             for name, values in enqueued.items()
+            if name in shown
         ]
-        rows += over_the_floor(case, prepared.candidates, decisive, copy_bandwidth(clock))
-    rows += ratio_rows(case, decisive, device)
-    rows += count_rows(case, prepared, on_device=clock is not None)
-    return rows + prepared.absent_rows()
+        decisive, notes = prepared.device_times(clock, rounds)
+        yield time_rows(case, candidates, decisive, DEVICE_TIME, notes)
+        yield over_the_floor(case, candidates, decisive, copy_bandwidth(clock))
+        yield ratio_rows(case, decisive, device, shown)
+        yield ratio_rows(case, host, device, shown - decisive.keys(), f"wall times: {WAITS}")
+    yield prepared.absent_rows(shown)
 
 
 def time_rows(
@@ -225,15 +252,17 @@ def denominators(device: str) -> dict[str, list[str]]:
     return theirs
 
 
-def ratio_rows(case: Case, samples: Samples, device: str) -> list[Row]:
+def ratio_rows(
+    case: Case, samples: Samples, device: str, shown: Collection[str], note: str = ""
+) -> list[Row]:
     """Above 1 where ours is the faster. Of the copy it is the share of the copy's bandwidth."""
     rows = []
     for name, own in denominators(device).items():
         for mine in own:
-            if name not in samples or mine not in samples:
+            if name not in shown or name not in samples or mine not in samples:
                 continue
             ratio = samples[name] / samples[mine]
-            rows.append(row_of(case.name, case.shape, name, f"time / {mine}", ratio, "x"))
+            rows.append(row_of(case.name, case.shape, name, f"time / {mine}", ratio, "x", note))
             if name == COPY:
                 where = (case.name, case.shape, mine)
                 rows.append(row_of(*where, "time / copy_ of the same bytes", 1 / ratio, "x"))
@@ -253,42 +282,45 @@ def copy_bandwidth(clock: DeviceClock) -> np.ndarray:
 def over_the_floor(
     case: Case, candidates: list[Candidate], samples: Samples, bandwidth: np.ndarray
 ) -> list[Row]:
-    """Times over what the floor's bytes take at the copy's bandwidth."""
+    """Times over what the floor's bytes take at the copy's bandwidth, and over what two launches
+    take where that is more."""
     rows = [row_of(case.name, case.shape, "a large copy_", "bandwidth", bandwidth, "GB/s")]
     floor = floor_bytes(case) / float(np.median(bandwidth))
+    launches = samples.get(two_launches().name, np.array(np.nan))
     for candidate in candidates:
         if candidate.traffic is floor_bytes and candidate.name in samples:
-            over = samples[candidate.name] / floor
-            rows.append(row_of(case.name, case.shape, candidate.name, OVER_FLOOR, over, "x"))
+            where, times = (case.name, case.shape, candidate.name), samples[candidate.name]
+            rows.append(row_of(*where, OVER_FLOOR, times / floor, "x"))
+            rows.append(row_of(*where, OVER_LARGER_FLOOR, times / np.maximum(launches, floor), "x"))
     return rows
 
 
-def count_rows(case: Case, prepared: Prepared, on_device: bool) -> list[Row]:
+def count(
+    case: Case, candidates: list[Candidate], device: str, clock: DeviceClock | None
+) -> Iterator[list[Row]]:
     """What does not depend on a clock."""
+    prepared = Prepared(case, candidates, device)
     counters: list[tuple[str, str, Callable[[Call], int]]] = [
         ("operators per call", "", measure.count_operators)
     ]
-    if on_device:
+    if clock is not None:
         counters += [
             ("launches per call", "", measure.count_launches),
             ("host syncs per call", "", measure.count_syncs),
             ("peak memory beyond the outputs", "B", measure.device_memory_peak),
         ]
-    rows = []
     for candidate in prepared.candidates:
-        for figure, unit, count in counters:
+        rows = []
+        for figure, unit, counted in counters:
             where = (case.name, case.shape, candidate.name, figure)
-            if count is measure.count_operators and not candidate.countable:
-                rows.append(absent(*where, "while operators are counted it runs uncompiled"))
-                continue
             try:
-                rows.append(Row(*where, count(prepared.calls[candidate.name]), unit))
+                rows.append(Row(*where, counted(prepared.calls[candidate.name]), unit))
             except Exception as error:
                 rows.append(absent(*where, reason(error)))
-    return rows
+        yield rows
 
 
-def host_times(device: str, rounds: int) -> list[Row]:
+def host_times(device: str, rounds: int) -> Iterator[list[Row]]:
     """Calls on images so small that only the way to the kernels and back is left."""
     case = cases.TINY
     data = make_data(case, device)
@@ -325,7 +357,7 @@ def host_times(device: str, rounds: int) -> list[Row]:
     for name, call in calls.items():
         operators = measure.count_operators(call)
         rows.append(Row(case.name, case.shape, name, "operators per call", operators, ""))
-    return rows
+    yield rows
 
 
 def operator_arguments(case: Case, data: cases.Data, device: str) -> tuple[object, ...]:
@@ -338,7 +370,7 @@ def operator_arguments(case: Case, data: cases.Data, device: str) -> tuple[objec
 
 def grow(
     points: list[tuple[int, Case]], device: str, clock: DeviceClock | None, rounds: int
-) -> list[Row]:
+) -> Iterator[list[Row]]:
     """Ours, the reference and the floor along one axis."""
     rows = []
     figure = TIME if clock is None else DEVICE_TIME
@@ -349,9 +381,10 @@ def grow(
             samples, notes = prepared.wall_times(rounds), {}
         else:
             samples, notes = prepared.device_times(clock, rounds)
-        rows += time_rows(case, prepared.candidates, samples, figure, notes)
-        rows += prepared.absent_rows()
-    return rows + several_for_one(rows, points, figure)
+        found = time_rows(case, prepared.candidates, samples, figure, notes)
+        rows += found
+        yield found + prepared.absent_rows([*prepared.absent, *prepared.absent_on_device])
+    yield several_for_one(rows, points, figure)
 
 
 def several_for_one(rows: list[Row], points: list[tuple[int, Case]], figure: str) -> list[Row]:

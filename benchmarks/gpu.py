@@ -1,19 +1,20 @@
-"""Builds, tests and measures everything on this machine's GPU, offline.
+"""Builds, tests and measures everything on this machine's GPU, offline, within nine minutes.
 
     python -m benchmarks.gpu [--results DIR] [--dry]
 
-Runs every part whatever becomes of the others, and says in one table last how each ended; what a
-part printed is in DIR/logs. ``--dry`` rehearses it without a GPU: Triton's kernels interpreted,
-CUDA's emulated, a few cases and tiny shapes.
+Runs every part whatever becomes of the others. DIR/gpu.txt says how each ended, and what those that
+failed printed last; it is written anew after each. All that they printed is in DIR/logs. ``--dry``
+rehearses the same parts without a GPU, into build/dry: Triton's kernels interpreted, CUDA's
+emulated, a few cases and tiny shapes.
 """
 
 import argparse
 import os
-import shutil
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,10 @@ NOT_OF_A_BACKEND = [
     f"--ignore=tests/{name}.py"
     for name in ("test_benchmarks", "test_distribution", "test_gpu", "test_triton")
 ]
+DEADLINE = 510
+"""Seconds after the start: what then still runs is ended."""
+TAIL = 40
+"""Lines of a log that are repeated in the summary."""
 
 
 class Part(NamedTuple):
@@ -40,108 +45,147 @@ class Outcome(NamedTuple):
     name: str
     result: str
     seconds: float
-    detail: str
+    lines: list[str]
+    """What it printed."""
 
 
 def stages(results: Path, dry: bool) -> list[list[Part]]:
     """What runs when: the parts of a stage run at once."""
-    pytest = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider"]
-    suite = [*pytest, *NOT_OF_A_BACKEND]
-    compare = [PYTHON, "-m", "benchmarks.compare", "--results", str(results)]
-    build = Part("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 170)
     if dry:
-        emulated = {"SG_KERNELS_EMULATION": EMULATION}
-        interpreted = {"TRITON_INTERPRET": "1"}
-        few = ["-m", "not slow", "--cases"]
-        return [
-            [build],
-            [Part("emulation", [PYTHON, "tests/emulation/build.py", EMULATION], 120)],
-            [Part("gpu tests", [*pytest, "tests/test_gpu.py"], 120)],
-            [
-                Part("suite, triton", [*suite, "-k", "triton", *few, "1"], 300, interpreted),
-                Part("suite, cuda", [*suite, "-k", "cuda", *few, "3"], 300, emulated),
-            ],
-            [Part("sanitized cases", [*pytest, "tests/test_gpu.py", "-m", "sanitize"], 60)],
-            [Part("benchmarks", [*compare, "--quick"], 240)],
-        ]
-    major, minor = torch.cuda.get_device_capability()
-    here = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}+PTX", "SG_KERNELS_CUDA": "1"}
-    sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
-    sanitized = [*pytest, "tests/test_gpu.py", "-m", "sanitize", "-x"]
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        building = {"SG_KERNELS_CUDA": "auto"}
+        testing = {"TRITON_INTERPRET": "1", "SG_KERNELS_EMULATION": EMULATION}
+        emulation = [Part("emulation", [PYTHON, "tests/emulation/build.py", EMULATION], 100)]
+        few, few_of_triton, quick = ["--cases", "1"], ["--cases", "1"], ["-m", "not slow"]
+        measured = ["--quick"]
+    else:
+        major, minor = torch.cuda.get_device_capability()
+        building = {"SG_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}+PTX"}
+        testing, emulation = {}, []
+        few, few_of_triton, quick = [], ["--cases", "8"], []
+        measured = ["--rounds", "31"]
+
+    def tests(name: str, *arguments: str, under: tuple[str, ...] = (), **more: str) -> Part:
+        # A test that hangs says where; no plugins but the tests' own, whatever is installed.
+        pytest = [PYTHON, "-m", "pytest", "-vv", "-p", "no:cacheprovider"]
+        command = [*under, *pytest, "-o", "faulthandler_timeout=60", *arguments]
+        alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+        return Part(name, command, 150, {**alone, **testing, **more})
+
+    def shard(backend: str, i: int, count: int) -> Part:
+        name = f"suite, {backend} {i + 1} of {count}"
+        these = ["-k", backend, *quick, *(few_of_triton if backend == "triton" else few)]
+        return tests(name, *NOT_OF_A_BACKEND, *these, "--shard", f"{i}/{count}")
+
+    def sanitized(tool: str) -> Part:
+        # PyTorch itself makes calls that fail, and handles them.
+        tolerant = ("--report-api-errors", "no", "--error-exitcode", "9")
+        under = () if dry else ("compute-sanitizer", "--tool", tool, *tolerant)
+        small = ["tests/test_gpu.py", "-m", "sanitize", "-x", *few]
+        return tests(f"sanitizer, {tool}", *small, under=under, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    suites = [
+        # Most of the time goes into compiling Triton's kernels.
+        *(shard("triton", i, 6) for i in range(1 if dry else 6)),
+        *(shard("cuda", i, 2) for i in range(1 if dry else 2)),
+    ]
+    sanitizers = [sanitized(tool) for tool in TOOLS[: 1 if dry else None]]
+    compare = [PYTHON, "-m", "benchmarks.compare", "--results", str(results), *measured]
     return [
-        [build._replace(environment=here)],
-        [Part("gpu tests", [*pytest, "tests/test_gpu.py", "-m", "not sanitize"], 120)],
-        [
-            Part("suite, triton", [*suite, "-k", "triton", "--cases", "8"], 150),
-            Part("suite, cuda", [*suite, "-k", "cuda"], 150),
-            *[
-                Part(
-                    f"sanitizer, {tool}",
-                    [sanitizer, "--tool", tool, "--error-exitcode", "9", *sanitized],
-                    150,
-                    uncached,
-                )
-                for tool in TOOLS
-            ],
-        ],
-        [Part("benchmarks", [*compare, "--rounds", "31"], 200)],
+        [Part("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 120, building), *emulation],
+        [tests("gpu tests", "tests/test_gpu.py", *quick, *few), *suites, *sanitizers],
+        [Part("benchmarks", compare, 400)],
     ]
 
 
-def run(part: Part, logs: Path) -> Outcome:
+def run(parts: list[Part], logs: Path, deadline: float) -> Iterator[Outcome]:
+    """How each ended, as they end; none outlives its limit, the deadline or this."""
+    running = {}
     start = time.monotonic()
-    log = logs / f"{part.name.replace(', ', '-').replace(' ', '-')}.log"
     try:
-        with log.open("w") as output:
-            process = subprocess.run(
-                part.command,
-                env={**os.environ, **(part.environment or {})},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                timeout=part.limit,
-            )
-        result = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
-    except subprocess.TimeoutExpired:
-        result = f"over {part.limit:g} s"
-    except OSError as error:
-        log.write_text(str(error))
-        result = "did not start"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    detail = lines[-1].strip("= ") if lines else ""
-    return Outcome(part.name, result, time.monotonic() - start, detail)
+        for part in parts:
+            log = logs / f"{part.name.replace(',', '').replace(' ', '-')}.log"
+            try:
+                with log.open("w") as output:
+                    process = subprocess.Popen(
+                        part.command,
+                        env={**os.environ, "PYTHONUNBUFFERED": "1", **(part.environment or {})},
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+            except OSError as error:
+                yield Outcome(part.name, "did not start", 0.0, [str(error)])
+            else:
+                running[process] = part, log, min(start + part.limit, deadline)
+        while running:
+            time.sleep(0.1)
+            for process, (part, log, end) in list(running.items()):
+                late = process.poll() is None and time.monotonic() > end
+                if late:
+                    stop(process)
+                if process.returncode is None:
+                    continue
+                del running[process]
+                seconds = time.monotonic() - start
+                failed = f"failed ({process.returncode})" if process.returncode else "passed"
+                result = f"ended after {seconds:.1f} s" if late else failed
+                lines = log.read_text(errors="replace").splitlines()
+                yield Outcome(part.name, result, seconds, [line for line in lines if line.strip()])
+    finally:
+        for process in running:
+            stop(process)
 
 
-def table(outcomes: list[Outcome]) -> str:
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """With all that it has started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    """What the parts that failed printed last, then a table of all."""
+    ends = [
+        "\n".join([f"---- {o.name}: {o.result}", *o.lines[-TAIL:]])
+        for o in outcomes
+        if o.result != "passed"
+    ]
     rows = [("part", "result", "seconds", "its last line")]
-    rows += [(o.name, o.result, f"{o.seconds:.0f}", o.detail[:80]) for o in outcomes]
+    for o in outcomes:
+        rows.append((o.name, o.result, f"{o.seconds:.0f}", o.lines[-1][:80] if o.lines else ""))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {result:<{widths[1]}}  {seconds:>{widths[2]}}  {detail}"
-        for name, result, seconds, detail in rows
+    table = "\n".join(
+        f"{name:<{widths[0]}}  {result:<{widths[1]}}  {seconds:>{widths[2]}}  {line}"
+        for name, result, seconds, line in rows
     )
+    return "\n\n".join([*ends, table]) + "\n"
 
 
 def main() -> None:
+    deadline = time.monotonic() + DEADLINE
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, help="where to write")
     parser.add_argument("--dry", action="store_true", help="rehearse it without a GPU")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         sys.exit("There is no CUDA device; --dry rehearses without one.")
-    os.chdir(Path(__file__).parent.parent)
-    results = options.results.resolve()
+    root = Path(__file__).parents[1]
+    results = options.results or root / ("build/dry" if options.dry else "benchmarks/results")
+    results = results.resolve()
+    os.chdir(root)
+    # Where CUDA is installed, though not always on the PATH.
+    os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
     logs = results / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    outcomes = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
+    outcomes: list[Outcome] = []
     for stage in stages(results, options.dry):
         print("running " + "; ".join(part.name for part in stage), flush=True)
-        with ThreadPoolExecutor(len(stage)) as pool:
-            outcomes += pool.map(lambda part: run(part, logs), stage)
-    summary = table(outcomes)
-    (results / "gpu.txt").write_text(summary + "\n")
-    print(f"\n{summary}")
+        for outcome in run(stage, logs, deadline):
+            outcomes.append(outcome)
+            (results / "gpu.txt").write_text(summary(outcomes))
+            print(f"{outcome.seconds:5.0f} s  {outcome.name}: {outcome.result}", flush=True)
+    print(f"\n{summary(outcomes)}")
     sys.exit(any(outcome.result != "passed" for outcome in outcomes))
 
 

@@ -130,10 +130,10 @@ def repeated(call: Call, at_least_ns: float) -> Timed:
 class DeviceClock:
     """Device time on CUDA, with a cold L2.
 
-    A candidate becomes a graph of several calls, each on inputs of its own which together exceed
-    the L2 three times over, and a replay is timed by a pair of events. Where it cannot be captured,
-    single calls are. Before either, so much is queued that the host is ahead and no gap of its own
-    lies between the events.
+    A candidate becomes a graph of several calls, which take turns with sets of inputs that together
+    exceed the L2 three times over, and a replay is timed by a pair of events. Where it cannot be
+    captured, as many calls are made. Before either, so much is queued that the host is ahead and no
+    gap of its own lies between the events.
     """
 
     CALLS = 8
@@ -143,8 +143,6 @@ class DeviceClock:
         self.l2_bytes = int(getattr(properties, "L2_cache_size", 0)) or 64 << 20
         self.ballast = torch.ones(max(4 * self.l2_bytes, 1 << 28) // 4, device=device)
         self.start, self.end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        self.broken = ""
-        """Why nothing is captured any more: a failed capture may upset those after it."""
         self.fill(4)
         self.start.record()
         self.fill(8)
@@ -155,31 +153,35 @@ class DeviceClock:
     def fill(self, times: int) -> None:
         for _ in range(times):
             self.ballast.neg_()
+        # Read last: no line is left to be written back while something else is timed.
+        self.ballast.sum()
 
     def sets(self, bytes_per_call: int) -> int:
-        """How many sets of inputs make the L2 cold."""
-        return min(32, max(2, math.ceil(3 * self.l2_bytes / max(1, bytes_per_call)) + 1))
+        """How many sets of inputs make the L2 cold; see ``cold``."""
+        return min(64, max(2, math.ceil(3 * self.l2_bytes / max(1, bytes_per_call)) + 1))
+
+    def cold(self, bytes_per_call: int) -> bool:
+        """Whether they do: so many sets of what is tiny are not made."""
+        return self.sets(bytes_per_call) * bytes_per_call >= 3 * self.l2_bytes
 
     def prepare(self, calls: list[Call], capturable: bool) -> tuple[Timed, str]:
         """One candidate on every set of inputs; how it will be timed, and in words."""
         for call in calls:
             call()
-        why = "it waits for the device"
-        if capturable and not self.broken:
+        why = "it draws on the host, which a graph would freeze"
+        if capturable:
             try:
                 # A capture that fails leaves its own stream the current one.
                 with cuda.stream(cuda.current_stream()):
                     return self._capture(calls)
             except Exception as error:
-                why = self.broken = reason(error)
                 cuda.synchronize()
-        elif capturable:
-            why = f"an earlier capture failed, {self.broken}"
+                why = reason(error)
         rotation = cycle(calls)
-        single = Timed(lambda: next(rotation)())
-        spent = max(host(single) for _ in range(3))
-        busy = min(64, math.ceil(2 * spent / self.fill_ns) + 1)
-        return single._replace(busy=busy), f"single calls behind a full queue, not a graph: {why}"
+        several = Timed(lambda: [next(rotation)() for _ in range(self.CALLS)], self.CALLS)
+        spent = self.CALLS * max(host(several) for _ in range(3))
+        busy = min(256, math.ceil(2 * spent / self.fill_ns) + 1)
+        return several._replace(busy=busy), f"{self.CALLS} calls behind a full queue: {why}"
 
     def _capture(self, calls: list[Call]) -> tuple[Timed, str]:
         sequence = calls * math.ceil(self.CALLS / len(calls))

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +29,21 @@ READINGS = 9
 FIGURE = "peak memory beyond the outputs"
 
 
-def peak_memory(quick: bool) -> list[Row]:
+def peak_memory(quick: bool) -> Iterator[list[Row]]:
     case = headline("cpu", quick)[-1]
     names = ("copy_", *sg_kernels.available_backends())
-    rows = []
     for name in names:
         where = (case.name, case.shape, name)
         try:
             # A quick run has no time for processes of their own.
             first, *later = probe(name, quick) if quick else fresh_process(name)
         except Exception as error:
-            rows.append(absent(*where, FIGURE, reason(error)))
+            yield [absent(*where, FIGURE, reason(error))]
             continue
-        for label, readings in (("first call", [first]), ("later calls", later)):
-            rows.append(row_of(*where, f"{FIGURE}, {label}", np.array(readings, float), "KiB"))
-    return rows
+        yield [
+            row_of(*where, f"{FIGURE}, {label}", np.array(readings, float), "KiB")
+            for label, readings in (("first call", [first]), ("later calls", later))
+        ]
 
 
 def fresh_process(name: str) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 
 RESULTS = Path(__file__).with_name("results")
 OVER_FLOOR = "time / the floor at the copy bandwidth"
+OVER_LARGER_FLOOR = "time / that floor or two launches"
 PACKAGES = ("torch", "triton", "numpy", "timm", "torchvision", "kornia", "gco-wrapper")
 OPENCV = ("opencv-contrib-python-headless", "opencv-python-headless", "opencv-python")
 

@@ -1,7 +1,7 @@
 """One training step of a ResNet: plain, with CutMix, with Saliency Grafting; what the mixing takes
-of it."""
+of it. On CUDA in mixed precision, as torch.autocast has it: weights and images stay float32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from time import perf_counter_ns
 
@@ -69,24 +69,22 @@ class ResNet(nn.Module):
 
 def setting(device: str, quick: bool) -> tuple[str, str, nn.Module, Tensor, Tensor]:
     """The name, the shape, the network, images and labels."""
-    dtype, memory_format, stem = torch.float32, torch.contiguous_format, False
+    memory_format, stem = torch.contiguous_format, False
     if quick:
         batch, size, classes = 4, 32, 10
         name, model = "tiny ResNet", ResNet((1, 1), 8, True, False, classes)
     elif device == "cuda":
         batch, size, classes, stem = 256, 224, 1000, True
         name, model = "ResNet-50", ResNet((3, 4, 6, 3), 64, True, stem, classes)
-        dtype, memory_format = torch.bfloat16, torch.channels_last
+        memory_format = torch.channels_last
     else:
         batch, size, classes = 32, 32, 100
         name, model = "ResNet-18", ResNet((2, 2, 2, 2), 64, False, stem, classes)
-    model = model.to(device=device, dtype=dtype, memory_format=memory_format)
-    images = torch.rand(batch, 3, size, size, device=device).to(dtype)
+    model = model.to(device=device, memory_format=memory_format)
+    images = torch.rand(batch, 3, size, size, device=device)
     labels = torch.randint(classes, (batch,), device=device)
-    kind = str(dtype).removeprefix("torch.")
-    shape = f"{batch}x3x{size}x{size} {kind}" + " channels_last" * (
-        memory_format is torch.channels_last
-    )
+    kind = " channels_last, autocast to bfloat16" if device == "cuda" else ""
+    shape = f"{batch}x3x{size}x{size} float32{kind}"
     return name, shape, model, images.contiguous(memory_format=memory_format), labels
 
 
@@ -132,7 +130,7 @@ class Grafting:
         return self.graft(images, labels)
 
 
-def measure_steps(device: str, quick: bool, rounds: int) -> list[Row]:
+def measure_steps(device: str, quick: bool, rounds: int) -> Iterator[list[Row]]:
     case, shape, model, images, labels = setting(device, quick)
     classes = model.head.out_features
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
@@ -148,15 +146,20 @@ def measure_steps(device: str, quick: bool, rounds: int) -> list[Row]:
 
     ballast = torch.ones(1 << 28 if device == "cuda" else 1, device=device)
 
+    def autocast() -> torch.autocast:
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
     def step(mix: Mix | None) -> list[float]:
         laps = Laps(device, ballast)
         laps.mark()
         if isinstance(mix, Grafting):
-            mix.look(images)
+            with autocast():
+                mix.look(images)
         laps.mark()
         mixed, targets = (images, labels) if mix is None else mix(images, labels)
         laps.mark()
-        loss = F.cross_entropy(model(mixed).float(), targets)
+        with autocast():
+            loss = F.cross_entropy(model(mixed), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -187,4 +190,4 @@ def measure_steps(device: str, quick: bool, rounds: int) -> list[Row]:
         if "plain" in laps:
             over = whole / laps["plain"].sum(1)
             rows.append(row_of(case, shape, name, "step / plain", over, "x"))
-    return rows
+    yield rows

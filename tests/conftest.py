@@ -24,7 +24,7 @@ if emulation := os.environ.get("SG_KERNELS_EMULATION"):
 
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, help="run about so many cases of each test")
-    parser.addoption("--shard", help="i/n: run the i-th of n parts, counted from 0")
+    parser.addoption("--shard", help="i/n: run every n-th test from the i-th on, counted from 0")
 
 
 LEFT_OUT = pytest.StashKey[int]()
@@ -36,12 +36,14 @@ def pytest_collection_modifyitems(config, items):
     if most := config.getoption("cases"):
         tests = {}
         for item in items:
-            tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+            tests.setdefault(function_of(item), []).append(item)
         chosen = [case for cases in tests.values() for case in few_of(cases, most)]
     config.stash[LEFT_OUT] = len(items) - len(chosen)
     if shard := config.getoption("shard"):
         i, n = map(int, shard.split("/"))
-        chosen = chosen[i::n]
+        # Whole tests, whose cases share compiled kernels.
+        tests = list(dict.fromkeys(map(function_of, chosen)))[i::n]
+        chosen = [item for item in chosen if function_of(item) in tests]
     kept = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
@@ -50,6 +52,10 @@ def pytest_collection_modifyitems(config, items):
 def pytest_report_collectionfinish(config):
     if left_out := config.stash.get(LEFT_OUT, 0):
         return f"--cases {config.getoption('cases')} left out {left_out} cases"
+
+
+def function_of(case):
+    return case.nodeid.split("[")[0]
 
 
 def few_of(cases, most):

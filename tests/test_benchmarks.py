@@ -4,6 +4,8 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,23 +183,27 @@ class FakeCuda:
     """torch.cuda as far as the clocks use it, with a device clock that only kernels advance."""
 
     def __init__(self, capture_fails=False):
-        self.now, self.log, self.capture_fails, self.capturing = 0.0, [], capture_fails, False
+        self.now, self.log, self.capture_fails, self.captured = 0.0, [], capture_fails, None
         self.Event = lambda enable_timing: FakeEvent(self)
-        self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: self.launch("replay", 8e-3))
+        self.CUDAGraph = SimpleNamespace
         self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
         self.current_stream = self.Stream
         self.stream = lambda stream: contextlib.nullcontext()
 
     @contextlib.contextmanager
     def graph(self, graph):
-        self.capturing = True
+        self.captured = 0.0
         yield
-        self.capturing = False
+        # What launches nothing that this could see takes a microsecond a call.
+        milliseconds, self.captured = self.captured or 8e-3, None
+        graph.replay = lambda: self.launch("replay", milliseconds)
         if self.capture_fails:
             raise RuntimeError("capture failed")
 
     def launch(self, name, milliseconds):
-        if not self.capturing:
+        if self.captured is not None:
+            self.captured += milliseconds
+        else:
             self.log.append(name)
             self.now += milliseconds
 
@@ -257,34 +263,60 @@ def copying(fake):
     return launch
 
 
+def test_what_fills_the_queue_is_read_last(monkeypatch):
+    clock = SimpleNamespace(ballast=Recorded(["neg_", "neg_", "sum"]))
+    measure.DeviceClock.fill(clock, 2)
+    assert clock.ballast.expected == []
+
+
+class Recorded:
+    """Takes calls of the methods ``expected``, in that order."""
+
+    def __init__(self, expected):
+        self.expected = expected
+
+    def __getattr__(self, name):
+        return lambda: self.expected.remove(name) if self.expected[0] == name else pytest.fail(name)
+
+
 def test_device_time_is_that_of_a_replay_behind_a_full_queue(fake_cuda):
     clock = measure.DeviceClock("cpu")
-    timed, words = clock.prepare([lambda: 1, lambda: 2], capturable=True)
+    calls = [lambda: fake_cuda.launch("a", 1e-3) or 1, lambda: fake_cuda.launch("b", 3e-3) or 2]
+    timed, words = clock.prepare(calls, capturable=True)
     assert (timed.calls, timed.held) == (8, [1, 2] * 4)
     assert words == "graph of 8 calls on 2 sets of inputs"
     fake_cuda.log.clear()
-    assert clock(timed) == pytest.approx(1000)  # 8 us a replay of 8 calls
+    assert clock(timed) == pytest.approx(2000)
     assert fake_cuda.log == ["fill", "event", "replay", "event", "synchronize"]
 
 
-def test_the_inputs_of_a_graph_exceed_the_l2_three_times(fake_cuda):
-    clock = measure.DeviceClock("cpu")
-    for size in (1 << 16, 1 << 18, 1 << 20, 1 << 30):
-        sets = clock.sets(size)
-        assert sets * size >= 3 * clock.l2_bytes or sets == 32
-        assert sets >= 2
+def test_the_inputs_of_a_graph_exceed_the_l2_three_times_or_the_row_says_so(fake_cuda):
+    clock = measure.DeviceClock("cpu")  # of an L2 of 1 MiB
+    sets = {size: clock.sets(size) for size in (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 30)}
+    assert list(sets.values()) == [64, 49, 13, 4, 2]
+    assert [clock.cold(size) for size in sets] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("fake_cuda", [{"capture_fails": True}], indirect=True)
 def test_what_cannot_be_captured_is_timed_call_by_call_and_says_so(fake_cuda):
     clock = measure.DeviceClock("cpu")
-    timed, words = clock.prepare([lambda: fake_cuda.launch("call", 2e-3)], capturable=True)
-    assert "RuntimeError: capture failed" in words
+    calls = [lambda: fake_cuda.launch("a", 1e-3), lambda: fake_cuda.launch("b", 3e-3)]
+    timed, words = clock.prepare(calls, capturable=True)
+    assert words.endswith("RuntimeError: capture failed")
     fake_cuda.log.clear()
     assert clock(timed) == pytest.approx(2000)
-    assert fake_cuda.log == ["fill", "event", "call", "event", "synchronize"]
-    _, words = clock.prepare([lambda: None], capturable=True)
-    assert words.endswith("an earlier capture failed, RuntimeError: capture failed")
+    taken = ["fill", "event", *["a", "b"] * 4, "event", "synchronize"]
+    assert [name for name in fake_cuda.log] in (taken, [*taken[:2], *["b", "a"] * 4, *taken[-2:]])
+    fake_cuda.capture_fails = False
+    timed, words = clock.prepare(calls, capturable=True)
+    assert words == "graph of 8 calls on 2 sets of inputs"
+
+
+def test_what_draws_on_the_host_is_not_captured(fake_cuda):
+    clock = measure.DeviceClock("cpu")
+    timed, words = clock.prepare([lambda: fake_cuda.launch("call", 2e-3)], capturable=False)
+    assert (timed.calls, "which a graph would freeze" in words) == (8, True)
+    assert not any(candidate.capturable for candidate in candidates.peers())
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
@@ -296,7 +328,7 @@ def test_a_whole_run_under_the_device_clock(fake_cuda, monkeypatch):
         *candidates.copies(),
         candidates.two_launches(),
     ]
-    monkeypatch.setattr(compare, "everything", lambda device, quick: chosen)
+    monkeypatch.setattr(compare, "everything", lambda device: chosen)
     monkeypatch.setattr(compare, "measure_steps", lambda device, quick, rounds: [])
     monkeypatch.setattr(measure.DeviceClock, "sets", lambda self, size: 2)
     monkeypatch.setattr(torch.Tensor, "copy_", copying(fake_cuda))
@@ -304,7 +336,9 @@ def test_a_whole_run_under_the_device_clock(fake_cuda, monkeypatch):
     rows = [row for section in sections for row in section]
     assert not [row for row in rows if row.figure == "all"]  # no section failed
     measured = {row.candidate for row in rows if row.figure == "device time"}
-    assert {candidate.name for candidate in chosen} == measured
+    compiled = candidates.compiled("cpu", quick=True)
+    assert {candidate.name for candidate in [*chosen, *compiled]} == measured
+    assert results.find(rows, "cifar", compiled[0].name, "time / cpp").value == 1.0
     assert results.find(rows, "cifar", candidates.EAGER.name, "time / cpp").value == 1.0
     assert results.find(rows, "augmentations=2", "cpp", "time / n calls of one").value == 0.5
     # 268 MB read and written in a millisecond, against 10 KB in one microsecond.
@@ -316,6 +350,113 @@ def test_a_whole_run_under_the_device_clock(fake_cuda, monkeypatch):
     assert {"host time", "launches per call", "host syncs per call"} <= counted
 
 
+@pytest.mark.filterwarnings("ignore:called a synchronizing")
+def test_every_figure_of_a_case_follows_from_the_times(fake_cuda, monkeypatch):
+    case, seen = cases.Case("x", (4, 3, 8, 8), (4, 16, 4, 4)), []
+
+    def taking(name, microseconds, traffic=None, waits=False):
+        def build(case, data):
+            seen.append(data.images)
+
+            def call():
+                fake_cuda.launch(name, microseconds / 1e3)
+                if waits:
+                    warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+            return call
+
+        return candidates.Candidate(name, build, traffic)
+
+    floor = cases.floor_bytes(case)
+    peer = candidates.peers()[0].name
+    chosen = [
+        taking("cpp", 8.0, cases.floor_bytes),
+        taking("cpp, out=", 5.0, cases.floor_bytes),
+        taking("cpp, targets", 9.0),
+        taking(candidates.EAGER.name, 40.0, cases.floor_bytes),
+        taking(candidates.COPY, 4.0, cases.floor_bytes),
+        taking(candidates.two_launches().name, 2.0),
+        taking(peer, 90.0, waits=True),
+    ]
+    monkeypatch.setattr(torch.Tensor, "copy_", copying(fake_cuda))
+    clock = measure.DeviceClock("cpu")
+    rows = [row for rows in compare.headline(case, chosen, "cpu", clock, 3) for row in rows]
+
+    def figure(candidate, name):
+        return results.find(rows, "x", candidate, name).value
+
+    assert figure("cpp", "device time") == pytest.approx(0.008)
+    assert figure("cpp", "floor bytes / device time") == pytest.approx(floor / 8e3, rel=1e-5)
+    assert figure(candidates.EAGER.name, "time / cpp") == pytest.approx(5)
+    assert figure("cpp", "time / copy_ of the same bytes") == pytest.approx(2)
+    assert figure("cpp, out=", "share of the copy bandwidth") == pytest.approx(80)
+    # The copy that has the bandwidth takes the floor's 10 KB in 20 ns, two launches take longer.
+    assert figure("cpp", results.OVER_LARGER_FLOOR) == pytest.approx(4)
+    assert figure("cpp", results.OVER_FLOOR) > 300
+    assert results.find(rows, "x", peer, "device time") is None
+    assert results.find(rows, "x", peer, "time / cpp, targets").note.startswith("wall times")
+    assert not [row for row in rows if row.candidate == "cpp" and row.note.startswith("wall")]
+
+    sets = {images.data_ptr(): images for images in seen}
+    assert len(sets) == 1 + clock.sets(floor)
+    assert len({images.sum().item() for images in sets.values()}) == len(sets)
+    assert all((images != 0).float().mean() > 0.9 for images in sets.values())
+
+
+def test_the_host_is_timed_until_a_call_returns_and_the_wall_until_it_is_done(monkeypatch):
+    now = SimpleNamespace(ns=0)
+
+    def passes(ns):
+        now.ns += ns
+
+    monkeypatch.setattr(measure, "perf_counter_ns", lambda: now.ns)
+    monkeypatch.setattr(measure, "synchronize", lambda: passes(1000))
+    timed = Timed(lambda: passes(10), calls=5)
+    assert (measure.host(timed), measure.wall(timed)) == (10, (5 * 10 + 1000) / 5)
+
+
+def test_a_step_is_divided_into_its_laps(monkeypatch):
+    now = SimpleNamespace(ns=0)
+
+    def passing(ns, function):
+        def run(*args, **options):
+            now.ns += ns
+            return function(*args, **options)
+
+        return run
+
+    monkeypatch.setattr(step, "perf_counter_ns", lambda: now.ns)
+    monkeypatch.setattr(step.F, "cross_entropy", passing(50, step.F.cross_entropy))
+    monkeypatch.setattr(step.Grafting, "look", passing(20, step.Grafting.look))
+    monkeypatch.setattr(step.Grafting, "__call__", passing(30, step.Grafting.__call__))
+    rows = [row for rows in step.measure_steps("cpu", True, 3) for row in rows]
+    figures = {row.figure: row.value for row in rows if row.candidate.endswith("(cpp)")}
+    assert figures == {
+        "training step": 100e-6,
+        "mixing": 30e-6,
+        "mixing, share of the step": 30,
+        "clean forward, share of the step": 20,
+        "step / plain": 2,
+    }
+
+
+def test_a_run_that_is_killed_keeps_its_rows_and_a_quick_one_touches_no_results(
+    tmp_path, monkeypatch
+):
+    def measured(*_):
+        yield [row()]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "measure_all", measured)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "benchmarks" / "results")
+    monkeypatch.setattr(sys, "argv", ["compare", "--quick"])
+    with pytest.raises(KeyboardInterrupt):
+        compare.main()
+    assert not results.RESULTS.exists()
+    _, rows = results.read(next((tmp_path / "build" / "quick").glob("*.csv")))
+    assert rows[1:] == [row()]
+
+
 @pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:called a synchronizing")
 def test_counters(fake_cuda):
     x = torch.rand(4)
@@ -324,8 +465,6 @@ def test_counters(fake_cuda):
     assert measure.device_memory_peak(lambda: x) == 700 - 100 - 200
 
     def waits():
-        import warnings
-
         warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
     assert measure.count_syncs(waits) == 1
@@ -518,17 +657,45 @@ def test_every_operator_is_benchmarked(capsys):
 
 def test_make_gpu_survives_what_fails_and_what_hangs(tmp_path):
     python = [sys.executable, "-c"]
+    alive = tmp_path / "alive"
+    forks = f"sleep 3; touch {alive}"  # a process that a hanging one has started
+    hangs = f"import subprocess; print('so far'); subprocess.run(['sh', '-c', {forks!r}])"
     parts = [
         gpu.Part("fine", [*python, "print('first'); print('last')"], 30),
         gpu.Part("failing", [*python, "import sys; print('alas'); sys.exit(3)"], 30),
-        gpu.Part("hanging", [*python, "import time; time.sleep(60)"], 0.5),
+        gpu.Part("hanging, long", [*python, hangs], 1),
         gpu.Part("missing", ["no-such-program"], 30),
         gpu.Part("asking", [*python, "import os; print(os.environ['X'])"], 30, {"X": "answer"}),
     ]
-    outcomes = [gpu.run(part, tmp_path) for part in parts]
-    results = ["passed", "failed (3)", "over 0.5 s", "did not start", "passed"]
-    assert [outcome.result for outcome in outcomes] == results
-    assert [outcome.detail for outcome in outcomes][:2] == ["last", "alas"]
-    assert outcomes[4].detail == "answer"
-    assert (tmp_path / "fine.log").read_text() == "first\nlast\n"
-    assert len(gpu.table(outcomes).splitlines()) == 6
+    started = time.monotonic()
+    ended = {o.name: o for o in gpu.run(parts, tmp_path, started + 60)}
+    assert ended["fine"].result == ended["asking"].result == "passed"
+    assert ended["fine"].lines == ["first", "last"]
+    assert ended["asking"].lines == ["answer"]
+    assert (ended["failing"].result, ended["failing"].lines) == ("failed (3)", ["alas"])
+    assert ended["missing"].result == "did not start"
+    assert ended["hanging, long"].result.startswith("ended after 1.")
+    assert (tmp_path / "hanging-long.log").read_text() == "so far\n"
+    text = gpu.summary(list(ended.values()))
+    assert "---- failing: failed (3)\nalas\n" in text
+    assert "---- fine" not in text
+    time.sleep(max(0.0, started + 4 - time.monotonic()))
+    assert not alive.exists()
+
+
+def test_make_gpu_ends_by_its_deadline(tmp_path):
+    part = gpu.Part("long", [sys.executable, "-c", "import time; time.sleep(60)"], 30)
+    started = time.monotonic()
+    (outcome,) = gpu.run([part], tmp_path, started + 1)
+    assert outcome.result.startswith("ended after 1.")
+
+
+def test_make_gpu_leaves_the_benchmarks_half_of_nine_minutes(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    *before, (benchmarks,) = gpu.stages(tmp_path, dry=False)
+    assert gpu.DEADLINE < 540
+    assert gpu.DEADLINE - sum(max(part.limit for part in stage) for stage in before) >= 240
+    rehearsed = {part.name for stage in gpu.stages(tmp_path, dry=True) for part in stage}
+    real = {part.name for stage in [*before, [benchmarks]] for part in stage}
+    assert rehearsed - real == {"emulation"}
+    assert len(real - rehearsed) == 9  # more shards, more tools
