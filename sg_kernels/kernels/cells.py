@@ -37,30 +37,30 @@ def sum_values(
     sample,
     batch,
     splits,
-    map_cells,
-    w,
+    map_size,
     first,
     valid,
-    high,
-    wide,
-    window_h,
-    window_w,
+    extent,
+    window,
     WINDOWS: tl.constexpr,
     CHECKED: tl.constexpr,
     TERMS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sums what the splits hold for each cell: ``first`` or, of WINDOWS, high * wide from there.
+    """Sums what the splits hold for each cell: ``first`` or, of WINDOWS, an ``extent`` from there.
 
     UNROLL times TERMS values are read at once, TERMS of them by threads of their own. Maps that are
     not CHECKED yet are.
     """
+    h, w = map_size
+    window_h, window_w = window
     total = tl.zeros(first.shape, tl.float32)
     for start in range(0, splits * window_h * window_w, TERMS * UNROLL):
         for part in tl.static_range(UNROLL):
             split = start + part * TERMS + tl.arange(0, TERMS)[:, None]
             place, inside = first[None, :], valid[None, :]
             if WINDOWS:
+                high, wide = extent
                 inner = split % (window_h * window_w)
                 split = split // (window_h * window_w)
                 y, x = inner // window_w, inner % window_w
@@ -68,7 +68,7 @@ def sum_values(
                 inside = inside & (y < high[None, :]) & (x < wide[None, :])
             row = split.to(tl.int64) * batch + sample
             inside = inside & (split < splits)
-            value = tl.load(maps + row * map_cells + place, mask=inside, other=0.0)
+            value = tl.load(maps + row * (h * w) + place, mask=inside, other=0.0)
             if not CHECKED:
                 value = checked(value)
             total += tl.sum(value, axis=0)
@@ -81,36 +81,33 @@ def resample(
     sample,
     batch,
     splits,
-    h,
-    w,
-    gh,
-    gw,
-    window_h,
-    window_w,
+    map_size,
+    grid_size,
+    window,
     cell,
     valid,
     CHECKED: tl.constexpr,
     TERMS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Stage 2: the grid's values in ``cell``, each the mean of at most window_h * window_w."""
+    """Stage 2: the grid's values in ``cell``, each the mean of at most a ``window``."""
+    h, w = map_size
+    gh, gw = grid_size
     if (gh != h) | (gw != w):
         cy, cx = cell // gw, cell % gw
         top, left = window_begin(cy, h, gh), window_begin(cx, w, gw)
         high, wide = window_end(cy, h, gh) - top, window_end(cx, w, gw) - left
+        first, extent = top * w + left, (high, wide)
         total = sum_values(
             maps,
             sample,
             batch,
             splits,
-            h * w,
-            w,
-            top * w + left,
+            map_size,
+            first,
             valid,
-            high,
-            wide,
-            window_h,
-            window_w,
+            extent,
+            window,
             True,
             CHECKED,
             TERMS,
@@ -118,19 +115,17 @@ def resample(
         )
         total = total / (high * wide).to(tl.float32)
     else:
+        one = 1, 1
         total = sum_values(
             maps,
             sample,
             batch,
             splits,
-            h * w,
-            w,
+            map_size,
             cell,
             valid,
-            cell,
-            cell,
-            1,
-            1,
+            one,
+            one,
             False,
             CHECKED,
             TERMS,

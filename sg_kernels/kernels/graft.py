@@ -30,32 +30,34 @@ def quotient(numerator, reciprocal):
 
 
 @triton.jit
-def tile_position(
-    tile, tiles_across, height, per_height, LINES: tl.constexpr, CHUNKS: tl.constexpr
-):
-    """The lines of a tile, the channel and y of each, and its chunks."""
+def tile_lines(tile, extents, sides, LINES: tl.constexpr, CHUNKS: tl.constexpr):
+    """The channel and y of each line of a tile, its chunks, and which of these there are.
+
+    ``extents``: how many tiles lie side by side, lines and chunks an image has.
+    """
+    tiles_across, lines, chunks = extents
+    _, height, _, _, per_height, _ = sides
     line = tile // tiles_across * LINES + tl.arange(0, LINES)
     channel = quotient(line, per_height)
     chunk = tile % tiles_across * CHUNKS + tl.arange(0, CHUNKS)
-    return line, channel, line - channel * height, chunk
+    inside = (line < lines)[:, None] & (chunk < chunks)[None, :]
+    return channel, line - channel * height, chunk, inside
 
 
 @triton.jit
 def tile_cells(
     y,
     chunk,
-    width,
-    per_height,
-    per_width,
-    per_channels,
-    gh,
-    gw,
+    sides,
+    grid_size,
     step_elements,
     UNIFORM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """The cell that each chunk lies in, (LINES, CHUNKS), or each lane, (LINES, CHUNKS, LANES)."""
+    _, _, width, per_channels, per_height, per_width = sides
+    gh, gw = grid_size
     if UNIFORM:
         element = (chunk * step_elements)[None, :]
         row = quotient(y * gh, per_height)[:, None]
@@ -69,18 +71,11 @@ def tile_cells(
 
 @triton.jit
 def tile_offset(
-    channel,
-    y,
-    chunk,
-    channels,
-    per_channels,
-    channel_stride,
-    y_stride,
-    x_stride,
-    CHANNELS_LAST: tl.constexpr,
-    STRIDED: tl.constexpr,
+    channel, y, chunk, sides, strides, CHANNELS_LAST: tl.constexpr, STRIDED: tl.constexpr
 ):
     """Where each chunk of an image lies, in chunks: (LINES, CHUNKS)."""
+    channels, _, _, per_channels, _, _ = sides
+    channel_stride, y_stride, x_stride = strides
     down = channel * channel_stride + y * y_stride
     if not STRIDED:
         across = chunk
@@ -225,7 +220,18 @@ def saliency_graft_kernel(
     cell = tl.arange(0, CELLS)
     valid = cell < grid_cells
     grid = cells.resample(
-        maps, own, batch, splits, h, w, gh, gw, window_h, window_w, cell, valid, True, TERMS, UNROLL
+        maps,
+        own,
+        batch,
+        splits,
+        (h, w),
+        (gh, gw),
+        (window_h, window_w),
+        cell,
+        valid,
+        True,
+        TERMS,
+        UNROLL,
     )
     p, grafts = cells.draw_keep_prob(draw, seed, quantiles, quantile_shift, gate)
     keep = cells.select(
@@ -234,49 +240,18 @@ def saliency_graft_kernel(
     kept = cells.sample(keep, cell, valid, own, draw, seed, p, grafts, not TOPK)
 
     if GRAFTS:
+        extents = tiles_across, lines, chunks
+        sides = channels, height, width, per_channels, per_height, per_width
+        strides = channel_stride, y_stride, x_stride
+        out_strides = out_channel_stride, out_y_stride, out_x_stride
         bits = cells.bits_of(kept)
         for tile in range(part, tiles, parts):
-            line, channel, y, chunk = tile_position(
-                tile, tiles_across, height, per_height, LINES, CHUNKS
-            )
+            channel, y, chunk, inside = tile_lines(tile, extents, sides, LINES, CHUNKS)
             chunk_cell = tile_cells(
-                y,
-                chunk,
-                width,
-                per_height,
-                per_width,
-                per_channels,
-                gh,
-                gw,
-                step_elements,
-                UNIFORM,
-                CHANNELS_LAST,
-                LANES,
+                y, chunk, sides, (gh, gw), step_elements, UNIFORM, CHANNELS_LAST, LANES
             )
-            offset = tile_offset(
-                channel,
-                y,
-                chunk,
-                channels,
-                per_channels,
-                channel_stride,
-                y_stride,
-                x_stride,
-                CHANNELS_LAST,
-                STRIDED,
-            )
-            out_offset = tile_offset(
-                channel,
-                y,
-                chunk,
-                channels,
-                per_channels,
-                out_channel_stride,
-                out_y_stride,
-                out_x_stride,
-                CHANNELS_LAST,
-                STRIDED,
-            )
+            offset = tile_offset(channel, y, chunk, sides, strides, CHANNELS_LAST, STRIDED)
+            out_offset = tile_offset(channel, y, chunk, sides, out_strides, CHANNELS_LAST, STRIDED)
             copy_tile(
                 images,
                 out,
@@ -285,7 +260,7 @@ def saliency_graft_kernel(
                 row * out_image_stride,
                 offset,
                 out_offset,
-                (line < lines)[:, None] & (chunk < chunks)[None, :],
+                inside,
                 cells.mask_at(kept, bits, chunk_cell),
                 UNIT,
                 UNIFORM,
@@ -301,12 +276,9 @@ def saliency_graft_kernel(
             other,
             batch,
             splits,
-            h,
-            w,
-            gh,
-            gw,
-            window_h,
-            window_w,
+            (h, w),
+            (gh, gw),
+            (window_h, window_w),
             cell,
             valid,
             True,
@@ -327,7 +299,18 @@ def saliency_graft_kernel(
                 place = start + cell
                 exists = place < h * w
                 value = cells.resample(
-                    maps, own, batch, splits, h, w, h, w, 1, 1, place, exists, True, TERMS, UNROLL
+                    maps,
+                    own,
+                    batch,
+                    splits,
+                    (h, w),
+                    (h, w),
+                    (1, 1),
+                    place,
+                    exists,
+                    True,
+                    TERMS,
+                    UNROLL,
                 )
                 tl.store(saliency + own * h * w + place, value, mask=exists)
 
@@ -369,50 +352,19 @@ def graft_kernel(
     LANES: tl.constexpr,
 ):
     """The graft of a mask that lies in memory; a program per (row, tile)."""
+    extents = tiles_across, lines, chunks
+    sides = channels, height, width, per_channels, per_height, per_width
+    strides = channel_stride, y_stride, x_stride
+    out_strides = out_channel_stride, out_y_stride, out_x_stride
     program = tl.program_id(0)
     row, tile = program // tiles, program % tiles
     own = (row % batch).to(tl.int64)
     row = row.to(tl.int64)
     other, _ = destination_of(index, row, own, batch)
-    line, channel, y, chunk = tile_position(tile, tiles_across, height, per_height, LINES, CHUNKS)
-    chunk_cell = tile_cells(
-        y,
-        chunk,
-        width,
-        per_height,
-        per_width,
-        per_channels,
-        gh,
-        gw,
-        step_elements,
-        UNIFORM,
-        CHANNELS_LAST,
-        LANES,
-    )
-    offset = tile_offset(
-        channel,
-        y,
-        chunk,
-        channels,
-        per_channels,
-        channel_stride,
-        y_stride,
-        x_stride,
-        CHANNELS_LAST,
-        STRIDED,
-    )
-    out_offset = tile_offset(
-        channel,
-        y,
-        chunk,
-        channels,
-        per_channels,
-        out_channel_stride,
-        out_y_stride,
-        out_x_stride,
-        CHANNELS_LAST,
-        STRIDED,
-    )
+    channel, y, chunk, inside = tile_lines(tile, extents, sides, LINES, CHUNKS)
+    chunk_cell = tile_cells(y, chunk, sides, (gh, gw), step_elements, UNIFORM, CHANNELS_LAST, LANES)
+    offset = tile_offset(channel, y, chunk, sides, strides, CHANNELS_LAST, STRIDED)
+    out_offset = tile_offset(channel, y, chunk, sides, out_strides, CHANNELS_LAST, STRIDED)
     copy_tile(
         images,
         out,
@@ -421,7 +373,7 @@ def graft_kernel(
         row * out_image_stride,
         offset,
         out_offset,
-        (line < lines)[:, None] & (chunk < chunks)[None, :],
+        inside,
         tl.load(mask + row * gh * gw + chunk_cell) != 0,
         UNIT,
         UNIFORM,
@@ -469,38 +421,15 @@ def graft_backward_kernel(
     """A program per (image, tile) adds what each row took from it: its own rows, in order, then
     those grafted onto it, in order. Nothing is added atomically, so it gives the same every time.
     """
+    extents = tiles_across, lines, chunks
+    sides = channels, height, width, per_channels, per_height, per_width
+    strides = channel_stride, y_stride, x_stride
+    out_strides = out_channel_stride, out_y_stride, out_x_stride
     program = tl.program_id(0)
     own = (program // tiles).to(tl.int64)
-    line, channel, y, chunk = tile_position(
-        program % tiles, tiles_across, height, per_height, LINES, CHUNKS
-    )
-    inside = (line < lines)[:, None] & (chunk < chunks)[None, :]
-    chunk_cell = tile_cells(
-        y,
-        chunk,
-        width,
-        per_height,
-        per_width,
-        per_channels,
-        gh,
-        gw,
-        step_elements,
-        UNIFORM,
-        CHANNELS_LAST,
-        LANES,
-    )
-    grad_offset = tile_offset(
-        channel,
-        y,
-        chunk,
-        channels,
-        per_channels,
-        channel_stride,
-        y_stride,
-        x_stride,
-        CHANNELS_LAST,
-        STRIDED,
-    )
+    channel, y, chunk, inside = tile_lines(program % tiles, extents, sides, LINES, CHUNKS)
+    chunk_cell = tile_cells(y, chunk, sides, (gh, gw), step_elements, UNIFORM, CHANNELS_LAST, LANES)
+    grad_offset = tile_offset(channel, y, chunk, sides, strides, CHANNELS_LAST, STRIDED)
     grad, out = chunks_of(grad, UNIT, LANES), chunks_of(out, UNIT, LANES)
     wide: tl.constexpr = tl.float64 if tl.float64 == UNIT else tl.float32
     total = tl.zeros([LINES, CHUNKS, LANES], wide)
@@ -524,18 +453,7 @@ def graft_backward_kernel(
             )
             onto = onto & (candidate > row)
             row = tl.min(tl.where(onto, candidate, rows), axis=0).to(tl.int64)
-    out_offset = tile_offset(
-        channel,
-        y,
-        chunk,
-        channels,
-        per_channels,
-        out_channel_stride,
-        out_y_stride,
-        out_x_stride,
-        CHANNELS_LAST,
-        STRIDED,
-    )
+    out_offset = tile_offset(channel, y, chunk, sides, out_strides, CHANNELS_LAST, STRIDED)
     store_chunks(out + own * out_image_stride * LANES, out_offset, inside, total.to(UNIT), LANES)
 
 
