@@ -236,19 +236,20 @@ def share(grid, kept, valid, NORM: tl.constexpr):
     weight = tl.where(valid, grid / peak_of(grid, valid), 0.0)  # squares cannot overflow
     if NORM != "l1":
         weight = weight * weight
-    return tl.sum(tl.where(kept, weight, 0.0), axis=0) / tl.sum(weight, axis=0)
+    # Rounded as IEEE has it, here and below: what survives whole is 1, and no more.
+    return tl.div_rn(tl.sum(tl.where(kept, weight, 0.0), axis=0), tl.sum(weight, axis=0))
 
 
 @triton.jit
 def label_ratio(own, other, mask, valid, cells, NORM: tl.constexpr):
     """Stage 7: lam, from the grids of the source and the destination."""
-    lam = tl.sum(mask.to(tl.float32), axis=0) / cells.to(tl.float32)
+    lam = tl.div_rn(tl.sum(mask.to(tl.float32), axis=0), cells.to(tl.float32))
     if NORM != "area":
         kept = share(own, mask, valid, NORM)
         left = share(other, valid & ~mask, valid, NORM)
         if NORM == "l2":
             kept, left = tl.sqrt(kept), tl.sqrt(left)
-        ratio = kept / (kept + left)
+        ratio = tl.div_rn(kept, kept + left)
         lam = tl.where(tl.abs(ratio) < float("inf"), ratio, lam)
     return lam
 

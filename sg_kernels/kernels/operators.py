@@ -262,7 +262,7 @@ def saliency_graft(images: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def saliency_graft_out(out: Tensor, images: Tensor, *args: Any) -> tuple[Tensor, ...]:
     (gh, gw), (h, w) = args[_GRID_SIZE], (args[0] if args[1] is None else args[1]).shape[-2:]
-    held = gh * gw <= table.MAX_CELLS and max(h * gh, w * gw) <= table.MAX_EXTENT
+    held = gh * gw <= table.MAX_CELLS and max(h * gh, w * gw, h * w) <= table.MAX_EXTENT
     if held and not _too_large(images, out, gh, gw):
         return _saliency_graft_out(out, images, *args)
     _, lam, index, *rest = reference.saliency_graft(images, *args, out=out)  # type: ignore[misc]

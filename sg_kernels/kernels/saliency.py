@@ -121,8 +121,9 @@ def check_map(
     BLOCK: tl.constexpr,
 ):
     """Copies a part of a ready map, what is not >= 0 in it as NaN, and resamples its part."""
-    for start in range(part * BLOCK, h * w, parts * BLOCK):
-        cell = start + tl.arange(0, BLOCK)
+    COPIED: tl.constexpr = TERMS * BLOCK
+    for start in range(part * COPIED, h * w, parts * COPIED):
+        cell = start + tl.arange(0, COPIED)
         value = cells.checked(tl.load(given + sample * h * w + cell, mask=cell < h * w, other=0.0))
         tl.store(saliency + sample * h * w + cell, value, mask=cell < h * w)
     if grid is not None:
