@@ -414,3 +414,11 @@ def test_fake_tensors_are_taken_for_out_though_they_lie_nowhere():
         images, features = torch.empty(4, 3, 8, 8), torch.empty(4, 6, 4, 4)
         out = torch.empty_like(images)
         assert sg_kernels.saliency_graft(images, features, out=out, seed=1).images is out
+
+
+def test_real_tensors_under_a_mode_of_fake_ones_leave_no_fake_table_behind():
+    keep_prob = 0.3125  # of no other test
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        sg_kernels.saliency_graft(IMAGES, FEATURES, keep_prob=keep_prob, seed=1)
+    result = sg_kernels.saliency_graft(IMAGES, FEATURES, keep_prob=keep_prob, seed=1)
+    assert type(result.images) is torch.Tensor
