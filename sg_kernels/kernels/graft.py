@@ -216,22 +216,12 @@ def saliency_graft_kernel(
     # In an order in which what is read arrives while other stages compute.
     seed = tl.load(call_seed)
     other, known = destination_of(index, row, own, batch)
+    map_size, grid_size, window = (h, w), (gh, gw), (window_h, window_w)
     grid_cells = gh * gw
     cell = tl.arange(0, CELLS)
     valid = cell < grid_cells
     grid = cells.resample(
-        maps,
-        own,
-        batch,
-        splits,
-        (h, w),
-        (gh, gw),
-        (window_h, window_w),
-        cell,
-        valid,
-        True,
-        TERMS,
-        UNROLL,
+        maps, own, batch, splits, map_size, grid_size, window, cell, valid, True, TERMS, UNROLL
     )
     p, grafts = cells.draw_keep_prob(draw, seed, quantiles, quantile_shift, gate)
     keep = cells.select(
@@ -248,7 +238,7 @@ def saliency_graft_kernel(
         for tile in range(part, tiles, parts):
             channel, y, chunk, inside = tile_lines(tile, extents, sides, LINES, CHUNKS)
             chunk_cell = tile_cells(
-                y, chunk, sides, (gh, gw), step_elements, UNIFORM, CHANNELS_LAST, LANES
+                y, chunk, sides, grid_size, step_elements, UNIFORM, CHANNELS_LAST, LANES
             )
             offset = tile_offset(channel, y, chunk, sides, strides, CHANNELS_LAST, STRIDED)
             out_offset = tile_offset(channel, y, chunk, sides, out_strides, CHANNELS_LAST, STRIDED)
@@ -276,9 +266,9 @@ def saliency_graft_kernel(
             other,
             batch,
             splits,
-            (h, w),
-            (gh, gw),
-            (window_h, window_w),
+            map_size,
+            grid_size,
+            window,
             cell,
             valid,
             True,
@@ -303,8 +293,8 @@ def saliency_graft_kernel(
                     own,
                     batch,
                     splits,
-                    (h, w),
-                    (h, w),
+                    map_size,
+                    map_size,
                     (1, 1),
                     place,
                     exists,
