@@ -50,6 +50,10 @@ def batch_of(batch=16, size=32, dtype=torch.float32, channels_last=False, channe
     )
 
 
+def moved(argument, device):
+    return argument.to(device) if isinstance(argument, torch.Tensor) else argument
+
+
 def assert_equal(results, expected):
     for one, other in zip(results, expected, strict=True):
         assert torch.equal(one.cpu(), other.cpu())
@@ -192,7 +196,10 @@ def free_memory():
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
-@pytest.mark.skipif(free_memory() < 12 << 30, reason="needs 12 GiB")
+needs_memory = pytest.mark.skipif(free_memory() < 12 << 30, reason="needs 12 GiB")
+
+
+@needs_memory
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_images_of_more_than_two_to_the_32_bytes(backend, channels_last):
     batch, size = 1500, 1024  # 4.7e9 bytes, images past 2**32 among them
@@ -211,7 +218,7 @@ def test_images_of_more_than_two_to_the_32_bytes(backend, channels_last):
         assert torch.equal(out[row], expected), row
 
 
-@pytest.mark.skipif(free_memory() < 12 << 30, reason="needs 12 GiB")
+@needs_memory
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_features_of_more_than_two_to_the_31_elements(backend, channels_last):
     batch, channels = 2200, 1024  # 2.3e9
@@ -225,7 +232,7 @@ def test_features_of_more_than_two_to_the_31_elements(backend, channels_last):
     assert torch.equal(saliency, (channels * values.abs()).float().expand(-1, -1, 32))
 
 
-@pytest.mark.skipif(free_memory() < 12 << 30, reason="needs 12 GiB")
+@needs_memory
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_gradients_of_more_than_two_to_the_31_elements(backend, channels_last):
     batch, size = 720, 1024  # 2.3e9
@@ -355,15 +362,13 @@ def test_debugging_pays_the_sync_and_raises(backend):
     assert "ValueError: index" in process.stderr
 
 
-def on_device(argument):
-    return argument.to(DEVICE) if isinstance(argument, torch.Tensor) else argument
-
-
 @pytest.mark.parametrize(
     ("name", "arguments"), ARGUMENTS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(ARGUMENTS)]
 )
 def test_opcheck(backend, name, arguments):
-    torch.library.opcheck(ops.overload(name, backend), tuple(map(on_device, arguments)))
+    torch.library.opcheck(
+        ops.overload(name, backend), tuple(moved(argument, DEVICE) for argument in arguments)
+    )
 
 
 def test_a_compiled_step_is_the_eager_one(backend):
@@ -462,11 +467,9 @@ def test_a_small_case_of_every_kernel(backend, options, dtype):
     def call(backend, device):
         rows = batch * options.get("augmentations", 1)
         out = torch.empty_like(images[:1].expand(rows, -1, -1, -1), device=device)
-        moved = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in {**options, kind: given, "targets": targets, "out": out}.items()
-        }
-        return saliency_graft(images.to(device), num_classes=10, seed=3, backend=backend, **moved)
+        others = {**options, kind: given, "targets": targets, "out": out}
+        there = {name: moved(value, device) for name, value in others.items()}
+        return saliency_graft(images.to(device), num_classes=10, seed=3, backend=backend, **there)
 
     result, expected = call(backend, DEVICE), call("reference", "cpu")
     assert_equal(
@@ -487,10 +490,8 @@ def test_the_operators_by_themselves_and_out_of_range(backend, size, channels_la
 
     def both(name, *arguments):
         actual = ops.overload(name, backend)(*arguments).cpu()
-        arguments = [
-            value.cpu() if isinstance(value, torch.Tensor) else value for value in arguments
-        ]
-        return actual, ops.overload(name, "reference")(*arguments)
+        there = [moved(argument, "cpu") for argument in arguments]
+        return actual, ops.overload(name, "reference")(*there)
 
     for one in (images, (images * 50).to(torch.uint8), images.transpose(2, 3)):
         for index in ([4, 4, 0, 0, 0], [1, 9, -1, 2**40, 0]):
