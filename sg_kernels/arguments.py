@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Normalize = Literal["max", "mean", "none"]
 Selection = Literal["bernoulli", "topk"]
@@ -20,6 +21,29 @@ DEBUG = os.environ.get("SG_KERNELS_DEBUG", "0") not in ("", "0")
 """Whether values that lie on a GPU are checked too, which costs a sync."""
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IMAGE_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex32,
+    torch.complex64,
+    torch.complex128,
+)
+"""Not those that pack several numbers into a byte, carry a scale, or are nothing but one."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -137,9 +161,19 @@ def check_index(index: Any, rows: int, batch: int, device: torch.device) -> None
             raise ValueError(f"index must lie in 0 .. {batch - 1}; got {low} .. {high}")
 
 
+def check_images(images: Any, shape: str, *dims: int) -> None:
+    check_tensor("images", images, shape, *dims)
+    if images.dtype not in IMAGE_DTYPES:
+        raise TypeError(f"images must hold plain numbers; got {images.dtype}")
+    if forward_ad.unpack_dual(images).tangent is not None:
+        raise TypeError("images must not carry a tangent: there is no forward-mode derivative")
+
+
 def check_out(out: Any, images: Tensor, rows: int, **others: Tensor | None) -> None:
     """``others``: the tensors, by name, that the call reads besides the images."""
     check_tensor("out", out, "(n * B, C, H, W)", 4, dtypes=(images.dtype,), device=images.device)
+    if out.is_conj() or out.is_neg():
+        raise TypeError("out must hold its numbers as they are, not as a lazy conj() or negation")
     expected = (rows, *images.shape[1:])
     if out.shape != expected:
         raise ValueError(f"out must be {expected}; got {tuple(out.shape)}")
@@ -152,9 +186,12 @@ def check_out(out: Any, images: Tensor, rows: int, **others: Tensor | None) -> N
         if other is not None and other.numel():
             other_begin, other_end = _memory(other)
             if begin < other_end and other_begin < end:
-                raise ValueError(f"out must not share memory with {name}")
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride())):
-        raise ValueError(f"out must not overlap itself; got strides {out.stride()}")
+                raise ValueError(f"out must not lie in the memory that {name} spans")
+    reach = 0
+    for stride, size in sorted(zip(out.stride(), out.shape)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"out must not overlap itself; got strides {out.stride()}")
+        reach += (size - 1) * stride
 
 
 def needs_gradient(images: Tensor) -> bool:

@@ -63,7 +63,8 @@ def saliency_graft(
     modified.
 
     Args:
-        images: (B, C, H, W), any dtype, any strides.
+        images: (B, C, H, W), any dtype of plain numbers: bool, integers, floats of 8 bits and more,
+            complex; any strides.
         features: the feature map whose channel-wise L1 norm is the saliency, (B, K, h, w), float16,
             bfloat16, float32 or float64; or transformer tokens (B, N, K), see ``token_grid``.
         saliency: a ready map instead of ``features``, (B, h, w), floating, >= 0.
@@ -71,7 +72,8 @@ def saliency_graft(
         normalize: what the map is divided by before the softmax: its ``"max"``, its ``"mean"``, or
             ``"none"``, as in the paper, where the T that fits depends on the channel count.
         threshold: sigma of the patch selection: a cell is salient where its softmax exceeds it.
-            ``"mean"`` is 1 / cells; else a number in [0, 1).
+            ``"mean"`` is 1 / cells; else a number in [0, 1). A map on the grid whose values are all
+            within 2**-16 of its largest, relatively, counts as constant, which has no salient cell.
         grid_size: (gh, gw), to which the map is resampled, area average down and nearest up; at
             most (H, W). None keeps (h, w). Of a sequence of sizes one is drawn per call, as the
             paper draws the scale per mini-batch.
@@ -134,11 +136,8 @@ def saliency_graft(
         raise ValueError("generator and seed exclude each other; give one of them")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
-
-    def draw_seed() -> Tensor:
-        return ops.draw_seed(generator) if seed is None else arguments.seed_tensor(seed)
-
-    return run(options, images, features, saliency, index, targets, draw_seed, out=out)
+    source = generator if seed is None else arguments.seed_tensor(seed)
+    return run(options, images, features, saliency, index, targets, source, out=out)
 
 
 def channel_saliency(
@@ -181,7 +180,7 @@ def graft(
     ``images``.
 
     Args:
-        images: (B, C, H, W) or (B, H, W), any dtype, any strides.
+        images: (B, C, H, W) or (B, H, W), dtypes as in :func:`saliency_graft`; any strides.
         mask: bool (n * B, gh, gw), no finer than the images.
         index: int64 (n * B,), in 0 .. B - 1; duplicates are allowed.
         out: (n * B, C, H, W), or (n * B, H, W), to be overwritten; not with gradients.
@@ -190,7 +189,7 @@ def graft(
     Returns:
         (n * B, C, H, W) or (n * B, H, W), dtype and memory format of ``images``.
     """
-    arguments.check_tensor("images", images, "(B, C, H, W) or (B, H, W)", 3, 4)
+    arguments.check_images(images, "(B, C, H, W) or (B, H, W)", 3, 4)
     if images.dim() == 3:
         if out is not None:
             arguments.check_tensor("out", out, "(n * B, H, W), as images is", 3)
@@ -252,7 +251,7 @@ def mix_criterion(
     criterion: Callable[[Tensor, Tensor], Tensor],
     logits: Tensor,
     targets: Tensor,
-    result: GraftResult,
+    result: GraftResult | None,
 ) -> Tensor:
     """The mean of lam * criterion(logits, y_i) + (1 - lam) * criterion(logits, y_j), a scalar.
 
@@ -263,28 +262,38 @@ def mix_criterion(
         criterion: called with ``logits`` and a row of targets each; ``reduction="none"``.
         logits: (n * B, ...), of ``result.images``.
         targets: (B, ...), of the images that were grafted, in whatever form ``criterion`` takes.
-        result: of the :func:`saliency_graft` call.
+        result: of the :func:`saliency_graft` call; None, as a module's is where it mixed nothing,
+            for the mean of criterion(logits, y_i).
     """
-    if not isinstance(result, GraftResult):
-        raise TypeError(f"result must be a GraftResult; got {type(result).__name__}")
+    if not (result is None or isinstance(result, GraftResult)):
+        raise TypeError(f"result must be a GraftResult or None; got {type(result).__name__}")
     if not callable(criterion):
         raise TypeError(f"criterion must be callable; got {type(criterion).__name__}")
-    rows, batch, device = result.lam.shape[0], result.saliency.shape[0], result.lam.device
-    arguments.check_tensor("logits", logits, "(n * B, ...)", device=device)
-    arguments.check_tensor("targets", targets, "(B, ...)", device=device)
-    if logits.dim() == 0 or logits.shape[0] != rows:
-        raise ValueError(f"logits must have {rows} rows, as result has; got {tuple(logits.shape)}")
-    if targets.dim() == 0 or targets.shape[0] != batch:
+    arguments.check_tensor("logits", logits, "(n * B, ...)")
+    arguments.check_tensor("targets", targets, "(B, ...)", device=logits.device)
+
+    def loss(of: Tensor) -> Tensor:
+        found = criterion(logits, of)
+        if found.shape[:1] != logits.shape[:1]:
+            raise ValueError(
+                f"criterion must give one loss a row (reduction='none'), ({len(logits)}, ...); "
+                f"got {tuple(found.shape)}"
+            )
+        return found
+
+    if logits.dim() == 0 or (result is not None and logits.shape[:1] != result.lam.shape):
+        expected = "one row an image" if result is None else f"{len(result.lam)} rows, as result"
+        raise ValueError(f"logits must have {expected}; got {tuple(logits.shape)}")
+    batch = logits.shape[0] if result is None else result.saliency.shape[0]
+    if targets.shape[:1] != (batch,):
         raise ValueError(f"targets must have B = {batch} rows; got {tuple(targets.shape)}")
-    own = targets.repeat(rows // max(batch, 1), *[1] * (targets.dim() - 1))
+    if result is None:
+        return loss(targets).mean()
+    arguments.check_tensor("result", result.lam, "of the same call", device=logits.device)
+    own = targets.repeat(len(logits) // max(batch, 1), *[1] * (targets.dim() - 1))
     # Where an index is out of range lam is NaN, so any row will do.
     other = targets[result.index.clamp(0, max(batch - 1, 0))]
-    loss_own, loss_other = criterion(logits, own), criterion(logits, other)
-    if loss_own.dim() == 0 or loss_own.shape[0] != rows:
-        raise ValueError(
-            f"criterion must give one loss a row (reduction='none'), ({rows}, ...); "
-            f"got {tuple(loss_own.shape)}"
-        )
+    loss_own, loss_other = loss(own), loss(other)
     lam = result.lam.reshape(-1, *[1] * (loss_own.dim() - 1))
     return (lam * loss_own + (1 - lam) * loss_other).mean()
 
@@ -302,7 +311,7 @@ def run(
     saliency: Tensor | None,
     index: Tensor | None,
     targets: Tensor | None,
-    draw_seed: Callable[[], Tensor],
+    seed: Tensor | torch.Generator | None,
     step: Tensor | None = None,
     rank: int = 0,
     draw_grid_seed: Callable[[], int] | None = None,
@@ -310,11 +319,11 @@ def run(
 ) -> GraftResult:
     """Checks the tensors, then draws and calls the operator; shared with the module.
 
-    With ``step``, int64 (1,), which the call advances, the call's seed is
-    ``rng.call_seed(seed, step, rank)``, and ``draw_grid_seed`` gives it as an int. Both draws come
-    after the checks, so what they refuse consumes no randomness.
+    ``seed``: int64 (1,), or what one is drawn from; that is after the checks, so what they refuse
+    consumes no randomness. With ``step``, int64 (1,), which the call advances, the call's seed is
+    ``rng.call_seed(seed, step, rank)``, and ``draw_grid_seed`` gives it as an int.
     """
-    arguments.check_tensor("images", images, "(B, C, H, W)", 4)
+    arguments.check_images(images, "(B, C, H, W)", 4)
     batch, device = images.shape[0], images.device
     if (features is None) == (saliency is None):
         given = "both" if saliency is not None else "neither"
@@ -351,19 +360,22 @@ def run(
         )
     needs_gradient = arguments.needs_gradient(images)
     backend = backends.choose(options.backend, device.type)
-
-    seed = draw_seed()
-    if seed.device != device and seed.device.type != "cpu":
-        raise ValueError(f"seed, generator: must be on the CPU or on {device}; got {seed.device}")
-    if len(sizes) == 1:
-        grid_size = sizes[0]
-    elif torch.compiler.is_compiling() or (draw_grid_seed is None and seed.device.type != "cpu"):
+    seed_device = torch.device("cpu") if seed is None else seed.device
+    on_host = seed_device.type == "cpu"
+    if not on_host and seed_device != device:
+        raise ValueError(f"seed, generator: must be on the CPU or on {device}; got {seed_device}")
+    drawn = len(sizes) > 1
+    if drawn and (torch.compiler.is_compiling() or not (draw_grid_seed or on_host)):
         raise ValueError(
             "grid_size: one of several sizes is drawn on the host, so not under torch.compile nor "
             "from a seed on the device; give one (gh, gw)"
         )
-    else:
-        grid_seed = int(seed) if draw_grid_seed is None else draw_grid_seed()
+
+    if not isinstance(seed, Tensor):
+        seed = ops.draw_seed(seed)
+    grid_size = sizes[0]
+    if drawn:
+        grid_seed = draw_grid_seed() if draw_grid_seed else int(seed)
         grid_size = rng.draw_grid_size(grid_seed, sizes)
     traced = not arguments.has_values(images)
     quantiles = torch.ops.sg_kernels.quantiles if traced else ops.quantiles

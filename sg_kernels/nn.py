@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 from torch.utils.hooks import RemovableHandle
 
 from sg_kernels import arguments, functional, ops, rng
@@ -47,9 +48,10 @@ class SaliencyGraft(nn.Module):
             torch's own CPU generator.
 
     Attributes:
-        result: the :class:`sg_kernels.GraftResult` of the last call that mixed, its images without
-            their gradient; None before. It keeps that batch in memory until the next call, or until
-            it is set to None.
+        result: the :class:`sg_kernels.GraftResult` of the last call, its images without their
+            gradient; None where that mixed nothing: in ``.eval()``, in the warm-up and at
+            ``prob=0``. It keeps that batch in memory until the next call, or until it is set to
+            None.
 
     Raises:
         TypeError, ValueError: a bad argument, by its name.
@@ -118,7 +120,7 @@ class SaliencyGraft(nn.Module):
         self.register_buffer("step", step)
         self.result: functional.GraftResult | None = None
         self._host_state: tuple[int, int] | None = None
-        self.register_load_state_dict_post_hook(_forget_host_state)
+        self.register_load_state_dict_post_hook(_resume)
         self._tapped: object = None
         self._tapped_version: int | None = None
         self._mixed_pass_is_next = False
@@ -147,11 +149,19 @@ class SaliencyGraft(nn.Module):
         Raises:
             TypeError, ValueError: as :func:`sg_kernels.saliency_graft` does, and where the module
                 is not on the device of ``images``, or the layer returned no tensor.
-            RuntimeError: the layer has seen no pass since the last call, or its output was changed
-                in place. A call that raises spends neither the pass nor a step.
+            RuntimeError: the call is made in a DataLoader's worker; or the layer has seen no pass
+                since the last call, or its output was changed in place. A call that raises spends
+                neither the pass nor a step.
         """
         if not self.training or self.options.prob == 0:
+            self.result = None
             return images, targets
+        if not torch.compiler.is_compiling() and get_worker_info() is not None:
+            raise RuntimeError(
+                "SaliencyGraft runs in the main process: its copies in a DataLoader's workers "
+                "would all draw the same; call saliency_graft there, which draws from torch's "
+                "generator"
+            )
         step = self.step
         if isinstance(images, Tensor) and images.device != step.device:
             raise ValueError(
@@ -159,6 +169,7 @@ class SaliencyGraft(nn.Module):
                 f"call .to({str(images.device)!r}) on the module"
             )
         if self._warming_up:
+            self.result = None
             return images, self._unmixed(images, targets)
         if features is None and saliency is None:
             arguments.check_tensor("images", images, "(B, C, H, W)", 4)
@@ -171,7 +182,7 @@ class SaliencyGraft(nn.Module):
             saliency,
             None,
             targets,
-            lambda: self.seed,
+            self.seed,
             step,
             rank,
             lambda: self._host_call_seed(rank),
@@ -240,9 +251,14 @@ class SaliencyGraft(nn.Module):
             if self._mixed_pass_is_next:
                 self._mixed_pass_is_next = False
                 return
-        if self.training and self.options.prob > 0 and not self._warming_up:
-            self._tapped = output.detach() if isinstance(output, Tensor) else output
-            self._tapped_version = _version(output)
+        # A module that is part of the network goes into eval mode with it for the clean pass.
+        mixes = (self.training or not self.mixed_pass) and not self._warming_up
+        if mixes and self.options.prob > 0:
+            if isinstance(output, Tensor):
+                output = output.detach()
+                if not _counts_writes(output):
+                    output = output.clone()
+            self._tapped, self._tapped_version = output, _version(output)
 
     def _tapped_features(self, images: Tensor) -> Tensor:
         if self._tap is None:
@@ -256,10 +272,11 @@ class SaliencyGraft(nn.Module):
                 "layer has seen no pass of these images: before each call run the network on them, "
                 "in training mode; the pass after a call is taken for that of the mixed images. "
                 "A layer in eval mode, or one that does not see the mixed images, needs "
-                "mixed_pass=False"
+                "mixed_pass=False. What torch.compile compiled before the layer was tapped does "
+                "not see the tap"
                 if self.mixed_pass
                 else "layer has seen no pass of these images: run its network on them before each "
-                "call"
+                "call. What torch.compile compiled before the layer was tapped does not see the tap"
             )
         if not isinstance(features, Tensor):
             raise TypeError(f"layer must return a tensor; got {type(features).__name__}")
@@ -311,21 +328,25 @@ def _copied_hook(module: SaliencyGraft, handle: RemovableHandle) -> _Hook:
     return hook
 
 
+def _counts_writes(tensor: Tensor) -> bool:
+    return not (torch.compiler.is_compiling() or tensor.is_inference())
+
+
+def _version(output: object) -> int | None:
+    """How often a tensor was written to in place; None where that is not counted."""
+    return output._version if isinstance(output, Tensor) and _counts_writes(output) else None
+
+
 def _was_written_to(features: Tensor, since: int | None) -> bool:
     now = _version(features)
     return now is not None and since is not None and now != since
 
 
-def _version(output: object) -> int | None:
-    """How often a tensor was written to in place; None where that is not counted."""
-    if not isinstance(output, Tensor) or torch.compiler.is_compiling() or output.is_inference():
-        return None
-    return output._version
-
-
-def _forget_host_state(module: nn.Module, incompatible_keys: Any) -> None:
+def _resume(module: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(module, SaliencyGraft)
     module._host_state = None
+    if module._warming_up and not module.step.is_meta:
+        module._warming_up = module.step.item() == 0  # a call of the warm-up does not advance it
 
 
 def _rank() -> int:

@@ -167,9 +167,8 @@ def quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> Te
             table = rng.beta_quantiles(alpha).to(device)
         else:
             table = rng.fixed_quantiles(keep_prob).to(device)
+        table = torch.func.debug_unwrap(table)  # a transform's, of which it must outlive the call
         if type(table) is Tensor:  # not one without values, of a mode that traces
-            if len(_tables) >= 64:  # a schedule of alpha or keep_prob must not grow it for ever
-                _tables.clear()
             _tables[key] = table
     return table
 

@@ -109,6 +109,10 @@ def tensors():
                 images[None],
                 images.to_sparse(),
                 images.to(torch.float8_e5m2).requires_grad_(),
+                images.to(torch.float8_e8m0fnu),
+                torch.empty(4, 3, 16, 16, dtype=torch.uint4),
+                torch.empty(4, 3, 16, 16, dtype=torch.float4_e2m1fn_x2),
+                torch.empty(4, 3, 16, 16, dtype=torch.bits8),
             )
         ],
     )
@@ -249,9 +253,12 @@ def tensors():
                 out.to_sparse(),
                 out.clone().requires_grad_(),
                 out[:1].expand(4, 3, 16, 16),
+                torch.zeros(4096).as_strided((4, 3, 16, 16), (768, 256, 8, 1)),
             )
         ]
         + [
+            {"out": out.to(torch.complex64).conj(), "images": images.to(torch.complex64)},
+            {"out": out.to(torch.complex64).conj().imag},
             {"out": out, "augmentations": 2},
             {"out": out, "images": images.clone().requires_grad_()},
             {"out": images, "images": images},
@@ -396,6 +403,7 @@ GRAFT = [
             IMAGES[None],
             IMAGES.to_sparse(),
             IMAGES.to(torch.float8_e4m3fn).requires_grad_(),
+            torch.empty(4, 3, 8, 8, dtype=torch.uint4),
         )
     ],
     *[
@@ -442,6 +450,7 @@ GRAFT = [
             OUT.to("meta"),
             OUT.clone().requires_grad_(),
             OUT[:1].expand(8, 3, 8, 8),
+            torch.zeros(2048).as_strided((8, 3, 8, 8), (192, 64, 4, 1)),
         )
     ],
     ("out", {"out": OUT, "images": IMAGES.clone().requires_grad_()}),
@@ -514,6 +523,9 @@ def test_mix_targets_refuses(name, change, backend):
 RESULT = saliency_graft(*inputs(), augmentations=2, seed=1, backend="reference")
 
 
+LOGITS = torch.randn(8, 5)
+
+
 def one_loss_a_row(logits, targets):
     return nn.functional.cross_entropy(logits, targets, reduction="none")
 
@@ -531,15 +543,18 @@ def one_loss_a_row(logits, targets):
         ("targets", {"targets": [0, 1, 2, 3]}),
         ("targets", {"targets": torch.arange(8) % 5}),
         ("targets", {"targets": torch.tensor(1)}),
-        ("result", {"result": None}),
         ("result", {"result": tuple(RESULT)}),
         ("result", {"result": RESULT.lam}),
+        ("result", {"result": RESULT._replace(lam=RESULT.lam.to("meta"))}),
+        ("logits", {"result": None, "logits": torch.tensor(1.0)}),
+        ("targets", {"result": None}),
+        ("criterion", {"result": None, "criterion": nn.CrossEntropyLoss(), "logits": LOGITS[:4]}),
     ],
 )
 def test_mix_criterion_refuses(name, change):
     arguments = {
         "criterion": one_loss_a_row,
-        "logits": torch.randn(8, 5),
+        "logits": LOGITS,
         "targets": torch.arange(4),
         "result": RESULT,
     }
@@ -554,6 +569,7 @@ WRONG = [
     {"targets": torch.tensor([0, 1, 2, 3]), "num_classes": 3},
     {"grid_size": (17, 1)},
     {"backend": "nonsense"},
+    {"images": torch.empty(4, 3, 16, 16, dtype=torch.uint4)},
 ]
 
 
@@ -579,6 +595,18 @@ def test_a_refused_call_draws_nothing(change, own):
     with pytest.raises(REFUSALS):
         saliency_graft(**{"images": images, "features": features, **arguments, **change})
     assert torch.equal(generator.get_state(), before)
+
+
+def test_a_tangent_is_refused_as_none_would_come_out():
+    images, features = inputs()
+    mask, index = torch.rand(4, 2, 2) > 0.5, torch.arange(4)
+
+    for mixed in (
+        lambda images: saliency_graft(images, features, seed=1).images,
+        lambda images: graft(images, mask, index),
+    ):
+        with pytest.raises(TypeError, match="images must not carry a tangent"):
+            torch.func.jvp(mixed, (images,), (images,))
 
 
 def test_what_was_given_and_what_is_accepted_are_told():

@@ -234,6 +234,17 @@ def test_an_output_changed_in_place_is_refused(mode):
         module(images, ids)
 
 
+def test_an_output_changed_in_place_does_not_matter_in_inference_mode():
+    images, ids, _ = batch_of()
+    layer = nn.Conv2d(3, 8, 3, stride=4)
+    features = layer(images)
+    module = SaliencyGraft(layer, num_classes=5)
+    with torch.inference_mode():
+        layer(images).relu_()
+    module(images, ids)
+    torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
+
+
 def test_a_pass_in_inference_mode_will_do():
     images, ids, _ = batch_of()
     net = Net()
@@ -265,6 +276,15 @@ def test_the_clean_pass_may_be_in_eval_mode_without_the_mixed_one():
         mixed, _ = module(images, ids)
         torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
         net.train()(mixed)
+
+
+def test_the_clean_pass_may_be_in_eval_mode_with_the_module_inside_the_network():
+    net = Net()
+    net.graft = SaliencyGraft(net.body, num_classes=5, mixed_pass=False)
+    images, ids, _ = batch_of()
+    net.eval()(images)
+    net.train().graft(images, ids)
+    torch.testing.assert_close(net.graft.result.saliency, net.body(images).abs().sum(1))
 
 
 def test_passes_of_a_layer_in_eval_mode_do_not_count():
@@ -468,6 +488,47 @@ def test_warm_up_taps_no_layer(backend):
     torch.testing.assert_close(module.result.saliency, net.body(images).abs().sum(1))
 
 
+def test_there_is_no_result_where_nothing_was_mixed():
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, warmup_epochs=1)
+    logits, losses = torch.randn(4, 5), F.cross_entropy
+    module.set_epoch(1)
+    module(images, ids, features=features)
+    for leave, enter in [
+        (module.train, module.eval),
+        (lambda: module.set_epoch(1), lambda: module.set_epoch(0)),
+    ]:
+        enter()
+        module(images, ids, features=features)
+        assert module.result is None
+        loss = sg_kernels.mix_criterion(
+            lambda logits, ids: losses(logits, ids, reduction="none"), logits, ids, module.result
+        )
+        torch.testing.assert_close(loss, losses(logits, ids))
+        leave()
+        module(images, ids, features=features)
+        assert module.result is not None
+
+
+class Workers(torch.utils.data.Dataset):
+    def __init__(self):
+        self.module = SaliencyGraft(seed=1)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, item):
+        images, _, features = batch_of()
+        return self.module(images, features=features)[0]
+
+
+def test_a_loaders_worker_is_refused():
+    next(iter(torch.utils.data.DataLoader(Workers())))
+    loader = torch.utils.data.DataLoader(Workers(), num_workers=1)
+    with pytest.raises(RuntimeError, match="SaliencyGraft runs in the main process"):
+        next(iter(loader))
+
+
 def run_steps(module, steps):
     results = []
     for step in range(steps):
@@ -492,6 +553,18 @@ def test_a_state_dict_resumes_exactly(backend, options):
     fresh.load_state_dict(state)
     for result, wanted in zip(run_steps(fresh, 3), expected, strict=True):
         assert equal(result, wanted)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_state_dict_resumes_the_end_of_the_warm_up(steps):
+    module = SaliencyGraft(num_classes=5, warmup_epochs=3)
+    if steps:
+        module.set_epoch(3)
+        run_steps(module, steps)
+    fresh = SaliencyGraft(num_classes=5, warmup_epochs=3)
+    fresh.load_state_dict(module.state_dict())
+    images, ids, features = batch_of()
+    assert (fresh(images, ids, features=features)[0] is images) == (steps == 0)
 
 
 def test_the_state_dict_is_the_seed_and_the_step():

@@ -364,6 +364,21 @@ def test_compiled_network_with_a_tapped_layer(backend, fresh):
     assert_same_bits(mixed, expected)
 
 
+def test_a_compiled_network_may_write_over_the_tapped_output(backend, fresh):
+    images, _, ids = inputs()
+    layer = nn.Conv2d(3, 8, 4, stride=4)
+    module = SaliencyGraft(layer, num_classes=7, seed=3, backend=backend)
+
+    def step(images, ids):
+        with torch.no_grad():
+            layer(images).relu_()
+        module(images, ids)
+        return module.result.saliency
+
+    saliency = torch.compile(step, backend="aot_eager")(images, ids)
+    torch.testing.assert_close(saliency, layer(images).abs().sum(1))
+
+
 def test_exported_is_eager(backend, fresh):
     step = Step(backend, seed=5)
     arguments = inputs()
@@ -422,3 +437,20 @@ def test_real_tensors_under_a_mode_of_fake_ones_leave_no_fake_table_behind():
         sg_kernels.saliency_graft(IMAGES, FEATURES, keep_prob=keep_prob, seed=1)
     result = sg_kernels.saliency_graft(IMAGES, FEATURES, keep_prob=keep_prob, seed=1)
     assert type(result.images) is torch.Tensor
+
+
+def test_a_table_made_inside_a_transform_outlives_it():
+    alpha = 0.3125  # of no other test
+    torch.func.grad(
+        lambda images: sg_kernels.saliency_graft(images, FEATURES, alpha=alpha, seed=1).images.sum()
+    )(IMAGES)
+    table = ops.quantiles(alpha, None, IMAGES.device)
+    assert torch.equal(table, rng.beta_quantiles(alpha))
+    assert torch.func.debug_unwrap(table) is table
+
+
+def test_a_table_is_kept_where_it_is_as_a_captured_graph_may_point_at_it():
+    table = ops.quantiles(0.4375, None, IMAGES.device)
+    for alpha in range(1, 200):
+        ops.quantiles(float(alpha), None, IMAGES.device)
+    assert ops.quantiles(0.4375, None, IMAGES.device) is table

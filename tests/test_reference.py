@@ -99,6 +99,15 @@ def test_select_does_not_overflow():
     assert torch.equal(keep, expected)
 
 
+def test_the_mean_does_not_overflow_where_the_sum_would():
+    saliency = random_map(2, 4, 4)
+    scaled = saliency / saliency.amax() * 3e38
+    assert torch.equal(
+        reference.select(scaled, "mean", 0.5, 1 / 16, None),
+        reference.select(saliency, "mean", 0.5, 1 / 16, None),
+    )
+
+
 def test_top_k_keeps_the_k_largest():
     saliency = random_map(3, 4, 5)
     keep = reference.select(saliency, "max", 0.2, 0.0, 6).flatten(1)
