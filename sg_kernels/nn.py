@@ -33,8 +33,11 @@ class SaliencyGraft(nn.Module):
     :attr:`result`, or the features of a pass.
 
     Args:
-        layer: the module whose output, a tensor, is the feature map. None: give ``features`` or
-            ``saliency`` with each call.
+        layer: the module whose output is the feature map. None: give ``features`` or ``saliency``
+            with each call.
+        to_features: called with the layer's output where that is not yet the (B, K, h, w), or with
+            ``token_grid`` (B, N, K), that :func:`sg_kernels.saliency_graft` takes: to pick one of a
+            tuple, or to permute (B, h, w, K).
         mixed_pass: whether the layer also sees the mixed images. True: the pass after a call is
             taken for theirs, and only passes in which the layer is in training mode count. False:
             each pass counts, in either mode, and the last before the call is taken for that of the
@@ -64,6 +67,7 @@ class SaliencyGraft(nn.Module):
         self,
         layer: nn.Module | None = None,
         *,
+        to_features: Callable[[Any], Tensor] | None = None,
         num_classes: int | None = None,
         temperature: float = 0.2,
         normalize: Normalize = "max",
@@ -125,6 +129,9 @@ class SaliencyGraft(nn.Module):
         self._tapped_version: int | None = None
         self._mixed_pass_is_next = False
         self._tap: _Hook | None = None
+        if not (to_features is None or callable(to_features)):
+            raise TypeError(f"to_features must be callable; got {type(to_features).__name__}")
+        self._to_features = to_features
         if layer is not None:
             if not isinstance(layer, nn.Module):
                 raise TypeError(f"layer must be a torch.nn.Module; got {type(layer).__name__}")
@@ -254,6 +261,8 @@ class SaliencyGraft(nn.Module):
         # A module that is part of the network goes into eval mode with it for the clean pass.
         mixes = (self.training or not self.mixed_pass) and not self._warming_up
         if mixes and self.options.prob > 0:
+            if self._to_features is not None:
+                output = self._to_features(output)
             if isinstance(output, Tensor):
                 output = output.detach()
                 if not _counts_writes(output):
@@ -279,7 +288,10 @@ class SaliencyGraft(nn.Module):
                 "call. What torch.compile compiled before the layer was tapped does not see the tap"
             )
         if not isinstance(features, Tensor):
-            raise TypeError(f"layer must return a tensor; got {type(features).__name__}")
+            raise TypeError(
+                f"layer must return a tensor; got {type(features).__name__}, of which to_features "
+                "must make one"
+            )
         if _was_written_to(features, self._tapped_version):
             raise RuntimeError(
                 "layer: its output was changed in place after its pass, as nn.ReLU(inplace=True) "

@@ -222,6 +222,39 @@ def test_a_layer_that_returns_no_tensor_is_refused():
     layer(images)
 
 
+class Last(nn.Module):
+    """Gives what some transformers do: a tuple, of which the first is (B, h, w, K)."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+
+    def forward(self, images):
+        return self.patches(images).permute(0, 2, 3, 1), None
+
+
+def test_to_features_makes_a_map_of_what_the_layer_returns():
+    images, ids, _ = batch_of()
+    layer = Last()
+    module = SaliencyGraft(
+        layer, to_features=lambda output: output[0].permute(0, 3, 1, 2), num_classes=5
+    )
+    features = layer(images)[0]
+    module(images, ids)
+    torch.testing.assert_close(module.result.saliency, features.abs().sum(-1))
+    assert not module.result.saliency.requires_grad
+    layer(images)
+    layer(images)[0].relu_()
+    with pytest.raises(RuntimeError, match="layer: its output was changed in place"):
+        module(images, ids)
+
+
+@pytest.mark.parametrize("to_features", [0, "0", torch.zeros(1)])
+def test_to_features_is_callable(to_features):
+    with pytest.raises(TypeError, match="to_features must be callable"):
+        SaliencyGraft(nn.ReLU(), to_features=to_features)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_an_output_changed_in_place_is_refused(mode):
     images, ids, _ = batch_of()
