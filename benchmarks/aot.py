@@ -104,6 +104,7 @@ def saliency_graft(
     options = (
         0,
         table,
+        0.0,
         grid,
         0.2,
         "max",

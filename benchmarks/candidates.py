@@ -109,7 +109,7 @@ def plain(case: Case, device: str, mode: str | None) -> Callable[..., Any]:
         if case.token_grid is not None:
             tokens = features[:, case.prefix_tokens :]
             features = tokens.transpose(1, 2).unflatten(2, case.token_grid)
-        draws = (None, None, None, seed, None, 0, quantiles)
+        draws = (None, None, None, seed, None, 0, quantiles, 0.0)
         return reference.saliency_graft(images, features, *draws, *selection, 0, 0.0)
 
     if mode is None:

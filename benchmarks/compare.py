@@ -363,7 +363,7 @@ def host_times(device: str, rounds: int) -> Iterator[list[Row]]:
 def operator_arguments(case: Case, data: cases.Data, device: str) -> tuple[object, ...]:
     quantiles = sg_kernels.rng.beta_quantiles(1.0).to(device)
     (h, w), seed = case.map_size, ops.draw_seed().to(device)
-    draws = (None, None, None, seed, None, 0, quantiles)
+    draws = (None, None, None, seed, None, 0, quantiles, 0.0)
     selection = ((h, w), 0.2, "max", 1 / (h * w), None)
     return (data.images, data.features, *draws, *selection, "l1", 1.0, 1, False, 0, 0.0)
 

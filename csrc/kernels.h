@@ -35,10 +35,14 @@ struct Seed {
 };
 
 struct Draws {
-  const std::int64_t* quantiles;
-  std::int64_t bins;
-  double prob;
-  bool sampled, no_fixed_points;
+  const std::int64_t* quantiles;  // of p; nullptr: it is keep_prob
+  double keep_prob, prob;
+  bool no_fixed_points;
+
+  // p as a threshold, from the word that is drawn for it.
+  SG_HOST_DEVICE std::int64_t p(std::uint32_t word) const {
+    return quantiles == nullptr ? threshold_of(keep_prob) : keep_threshold(word, quantiles);
+  }
 };
 
 struct Targets {

@@ -287,11 +287,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
     const Tensor& out, const Tensor& images, const std::optional<Tensor>& features,
     const std::optional<Tensor>& ready_saliency, const std::optional<Tensor>& given_index,
     const std::optional<Tensor>& targets, const Tensor& seed_tensor,
-    const std::optional<Tensor>& step, std::int64_t rank, const Tensor& quantiles,
-    const std::vector<std::int64_t>& grid_size, double temperature, const std::string& normalize,
-    double threshold, std::optional<std::int64_t> k, const std::string& norm_name, double prob,
-    std::int64_t augmentations, bool no_fixed_points, std::int64_t num_classes,
-    double label_smoothing) {
+    const std::optional<Tensor>& step, std::int64_t rank, const std::optional<Tensor>& quantiles,
+    double keep_prob, const std::vector<std::int64_t>& grid_size, double temperature,
+    const std::string& normalize, double threshold, std::optional<std::int64_t> k,
+    const std::string& norm_name, double prob, std::int64_t augmentations, bool no_fixed_points,
+    std::int64_t num_classes, double label_smoothing) {
   STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
   STD_TORCH_CHECK(
       features.has_value() != ready_saliency.has_value(), "give one of features and saliency");
@@ -301,10 +301,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
   STD_TORCH_CHECK(
       is_number(seed_tensor) && (!step || is_number(*step)),
       "seed and step must be one int64 each");
-  const Tensor table = checked(quantiles, ScalarType::Long, 1, "quantiles");
-  const std::int64_t bins = table.numel() - 1;
-  STD_TORCH_CHECK(
-      bins >= 1 && (bins & (bins - 1)) == 0, "quantiles must have a power of two of bins");
+  std::optional<Tensor> table;
+  if (quantiles) {
+    table = checked(*quantiles, ScalarType::Long, 1, "quantiles");
+    STD_TORCH_CHECK(
+        table->numel() == kQuantileBins + 1, "quantiles must have ", kQuantileBins, " bins");
+  }
   STD_TORCH_CHECK(augmentations >= 1, "augmentations must be >= 1");
   const std::int64_t batch = images.size(0), rows = augmentations * batch;
   const Grid grid{grid_size.at(0), grid_size.at(1)};
@@ -357,7 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
        given_destinations ? data_of<std::int64_t>(*given_destinations) : nullptr,
        seed_of(seed_tensor, step, rank),
        selection,
-       {data_of<std::int64_t>(table), bins, prob, !k.has_value(), no_fixed_points},
+       {table ? data_of<std::int64_t>(*table) : nullptr, keep_prob, prob, no_fixed_points},
        norm,
        source},
       {batch_of(out), data_to<float>(lam), data_to<std::int64_t>(index), data_to<bool>(mask),
@@ -370,18 +372,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft(
     const Tensor& images, const std::optional<Tensor>& features,
     const std::optional<Tensor>& saliency, const std::optional<Tensor>& index,
     const std::optional<Tensor>& targets, const Tensor& seed, const std::optional<Tensor>& step,
-    std::int64_t rank, const Tensor& quantiles, const std::vector<std::int64_t>& grid_size,
-    double temperature, const std::string& normalize, double threshold,
-    std::optional<std::int64_t> k, const std::string& norm, double prob, std::int64_t augmentations,
-    bool no_fixed_points, std::int64_t num_classes, double label_smoothing) {
+    std::int64_t rank, const std::optional<Tensor>& quantiles, double keep_prob,
+    const std::vector<std::int64_t>& grid_size, double temperature, const std::string& normalize,
+    double threshold, std::optional<std::int64_t> k, const std::string& norm, double prob,
+    std::int64_t augmentations, bool no_fixed_points, std::int64_t num_classes,
+    double label_smoothing) {
   STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
   const Tensor out = empty_rows(images, augmentations * images.size(0));
   return std::tuple_cat(
       std::make_tuple(out),
       saliency_graft_out(
-          out, images, features, saliency, index, targets, seed, step, rank, quantiles, grid_size,
-          temperature, normalize, threshold, k, norm, prob, augmentations, no_fixed_points,
-          num_classes, label_smoothing));
+          out, images, features, saliency, index, targets, seed, step, rank, quantiles, keep_prob,
+          grid_size, temperature, normalize, threshold, k, norm, prob, augmentations,
+          no_fixed_points, num_classes, label_smoothing));
 }
 
 }  // namespace

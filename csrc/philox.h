@@ -62,16 +62,16 @@ SG_HOST_DEVICE inline std::int64_t threshold_of(double probability) {
   return static_cast<std::int64_t>(probability * 4294967296.0);
 }
 
-// The inverse CDF at `word`, from `bins` + 1 nodes, a power of two plus one; linear between nodes.
+constexpr int kQuantileShift = 22;
+constexpr std::int64_t kQuantileBins = std::int64_t{1} << (32 - kQuantileShift);
+
+// The inverse CDF at `word`, from kQuantileBins + 1 nodes, linear between them.
 SG_HOST_DEVICE inline std::int64_t keep_threshold(
-    std::uint32_t word, const std::int64_t* quantiles, std::int64_t bins) {
-  int shift = 32;
-  for (; bins > 1; bins >>= 1) --shift;
-  const std::uint64_t wide = word;
-  const std::int64_t low = quantiles[wide >> shift];
-  const std::int64_t high = quantiles[(wide >> shift) + 1];
-  const std::int64_t fraction = static_cast<std::int64_t>(wide & ((std::uint64_t{1} << shift) - 1));
-  return low + ((high - low) * fraction >> shift);
+    std::uint32_t word, const std::int64_t* quantiles) {
+  const std::uint32_t bin = word >> kQuantileShift;
+  const std::int64_t low = quantiles[bin], high = quantiles[bin + 1];
+  const std::int64_t fraction = word & ((1u << kQuantileShift) - 1);
+  return low + ((high - low) * fraction >> kQuantileShift);
 }
 
 }  // namespace sg_kernels

@@ -377,8 +377,9 @@ def run(
     if drawn:
         grid_seed = draw_grid_seed() if draw_grid_seed else int(seed)
         grid_size = rng.draw_grid_size(grid_seed, sizes)
-    traced = not arguments.has_values(images)
-    quantiles = torch.ops.sg_kernels.quantiles if traced else ops.quantiles
+    keep_prob = 1.0 if options.k is not None else options.keep_prob
+    tables = ops if arguments.has_values(images) else torch.ops.sg_kernels
+    quantiles = tables.quantiles(options.alpha, device) if keep_prob is None else None
     args = (
         features,
         saliency,
@@ -387,7 +388,8 @@ def run(
         seed,
         step,
         rank,
-        quantiles(options.alpha, options.keep_prob, device),
+        quantiles,
+        keep_prob or 0.0,
         grid_size,
         options.temperature,
         options.normalize,

@@ -18,9 +18,9 @@ from sg_kernels.kernels.operators import OPERATORS as TRITON
 _GRAFT = "Tensor images, Tensor mask, Tensor index"
 _SALIENCY_GRAFT = (
     "Tensor images, Tensor? features, Tensor? saliency, Tensor? index, Tensor? targets, "
-    "Tensor seed, Tensor(a!)? step, int rank, Tensor quantiles, int[2] grid_size, "
-    "float temperature, str normalize, float threshold, int? k, str norm, float prob, "
-    "int augmentations, bool no_fixed_points, int num_classes, float label_smoothing"
+    "Tensor seed, Tensor(a!)? step, int rank, Tensor? quantiles, float keep_prob, "
+    "int[2] grid_size, float temperature, str normalize, float threshold, int? k, str norm, "
+    "float prob, int augmentations, bool no_fixed_points, int num_classes, float label_smoothing"
 )
 _SALIENCY_GRAFT_NAMES = [argument.split()[-1] for argument in _SALIENCY_GRAFT.split(", ")]
 SCHEMAS = {
@@ -143,31 +143,27 @@ def draw_seed(generator: torch.Generator | None = None) -> Tensor:
     return blank.random_(generator=generator)
 
 
-_library.define("quantiles(float alpha, float? keep_prob, Device device) -> Tensor")
+_library.define("quantiles(float alpha, Device device) -> Tensor")
 
 
 @torch.library.register_fake("sg_kernels::quantiles", lib=_library)
-def _fake_quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> Tensor:
-    entries = rng.QUANTILE_BINS + 1 if keep_prob is None else 2
-    return torch.empty(entries, dtype=torch.int64, device=device)
+def _fake_quantiles(alpha: float, device: torch.device) -> Tensor:
+    return torch.empty(rng.QUANTILE_BINS + 1, dtype=torch.int64, device=device)
 
 
-_tables: dict[tuple[float, float | None, torch.device], Tensor] = {}
+_tables: dict[tuple[float, torch.device], Tensor] = {}
+"""Never emptied: a captured graph may point at any of them."""
 
 
-def quantiles(alpha: float, keep_prob: float | None, device: torch.device) -> Tensor:
-    """The table that p is drawn from, see :mod:`sg_kernels.rng`: int64, kept from call to call.
+def quantiles(alpha: float, device: torch.device) -> Tensor:
+    """:func:`rng.beta_quantiles` on ``device``, kept from call to call.
 
     Where tensors have no values the operator of this name gives one that has none either.
     """
-    key = (alpha, keep_prob, device)
+    key = (alpha, device)
     table = _tables.get(key)
     if table is None:
-        if keep_prob is None:
-            table = rng.beta_quantiles(alpha).to(device)
-        else:
-            table = rng.fixed_quantiles(keep_prob).to(device)
-        table = torch.func.debug_unwrap(table)  # a transform's, of which it must outlive the call
+        table = torch.func.debug_unwrap(rng.beta_quantiles(alpha).to(device))
         if type(table) is Tensor:  # not one without values, of a mode that traces
             _tables[key] = table
     return table

@@ -69,18 +69,26 @@ def select(
 
 
 def sample(
-    keep: Tensor, seed: Tensor, quantiles: Tensor, prob: float, augmentations: int, sampled: bool
+    keep: Tensor,
+    seed: Tensor,
+    quantiles: Tensor | None,
+    keep_prob: float,
+    prob: float,
+    augmentations: int,
 ) -> Tensor:
     """Stage 5: M = keep and Bernoulli(p), one p a draw: bool (rows, gh, gw).
 
-    With probability 1 - ``prob`` a draw grafts nothing: its M is all True, its rows the sources.
+    p is drawn from ``quantiles``; without them it is ``keep_prob``. With probability 1 - ``prob`` a
+    draw grafts nothing: its M is all True, its rows the sources.
     """
     batch, gh, gw = keep.shape
     p_word, gate_word = rng.words(seed, rng.Stream.KEEP_PROB, 2, draws=augmentations).unbind(-1)
-    mask = keep.flatten(1).expand(augmentations, batch, gh * gw)
-    if sampled:
-        word = rng.words(seed, rng.Stream.SAMPLING, gh * gw, batch, augmentations)
-        mask = mask & (word < rng.keep_threshold(p_word, quantiles)[..., None])
+    if quantiles is None:
+        p = torch.full_like(p_word, int(keep_prob * rng.ONE))
+    else:
+        p = rng.keep_threshold(p_word, quantiles)
+    word = rng.words(seed, rng.Stream.SAMPLING, gh * gw, batch, augmentations)
+    mask = keep.flatten(1) & (word < p[..., None])
     mask = mask | (gate_word >= int(prob * rng.ONE))[..., None]
     return mask.reshape(-1, gh, gw)
 
@@ -196,7 +204,8 @@ def saliency_graft(
     seed: Tensor,
     step: Tensor | None,
     rank: int,
-    quantiles: Tensor,
+    quantiles: Tensor | None,
+    keep_prob: float,
     grid_size: tuple[int, int],
     temperature: float,
     normalize: str,
@@ -229,7 +238,7 @@ def saliency_graft(
         saliency = torch.where(saliency >= 0, saliency, torch.nan).float()
     grid = resample(saliency, grid_size)
     keep = select(grid, normalize, temperature, threshold, k)
-    mask = sample(keep, seed, quantiles, prob, augmentations, sampled=k is None)
+    mask = sample(keep, seed, quantiles, keep_prob, prob, augmentations)
     grafted = graft(images, mask, index, out)
     lam = label_ratio(grid, mask, index, norm)
     if targets is None:

@@ -27,6 +27,8 @@ ONE = 1 << 32
 """Probability 1 as an integer threshold: every uint32 word lies below it."""
 
 QUANTILE_BINS = 1024
+QUANTILE_SHIFT = 32 - (QUANTILE_BINS - 1).bit_length()
+"""The bits of a word that say where in its bin it lies."""
 QUANTILE_BITS = 24
 """Nodes of the table are rounded to so many bits: too few for the last bit of a libm to show."""
 
@@ -130,17 +132,12 @@ def beta_quantiles(alpha: float) -> Tensor:
     return torch.tensor(_beta_quantiles(alpha), device="cpu")
 
 
-def fixed_quantiles(keep_prob: float) -> Tensor:
-    """The table of a constant p: one bin, int64 (2,)."""
-    return torch.full((2,), int(keep_prob * ONE), device="cpu")
-
-
 def keep_threshold(word: Tensor, quantiles: Tensor) -> Tensor:
     """The threshold below which a word keeps its cell: the inverse CDF at ``word``, in integers."""
-    shift = 32 - ((quantiles.numel() - 1).bit_length() - 1)
-    low = quantiles[word >> shift]
-    high = quantiles[(word >> shift) + 1]
-    return low + ((high - low) * (word & (1 << shift) - 1) >> shift)
+    low = quantiles[word >> QUANTILE_SHIFT]
+    high = quantiles[(word >> QUANTILE_SHIFT) + 1]
+    fraction = word & ((1 << QUANTILE_SHIFT) - 1)
+    return low + ((high - low) * fraction >> QUANTILE_SHIFT)
 
 
 def draw_grid_size(seed: int, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:

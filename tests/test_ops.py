@@ -30,6 +30,7 @@ def whole(**changes):
         "step": None,
         "rank": 0,
         "quantiles": rng.beta_quantiles(1.0),
+        "keep_prob": 0.0,
         "grid_size": [4, 3],
         "temperature": 0.2,
         "normalize": "max",
@@ -53,7 +54,7 @@ WHOLE = {
         index=INDEX, augmentations=2, targets=torch.tensor([0, 1, 2, 0]), num_classes=3
     ),
     "dense": whole(targets=torch.rand(4, 7), num_classes=7, label_smoothing=0.1, norm="l2"),
-    "grid": whole(grid_size=[2, 5], quantiles=rng.fixed_quantiles(0.5), norm="area"),
+    "grid": whole(grid_size=[2, 5], quantiles=None, keep_prob=0.5, norm="area"),
     "topk": whole(k=4, prob=0.5, augmentations=2, step=torch.tensor([0])),
     "channels_last": whole(
         images=IMAGES.contiguous(memory_format=torch.channels_last),
@@ -98,8 +99,7 @@ def test_opcheck_draw_seed():
 
 
 def test_opcheck_quantiles():
-    for arguments in ((0.7, None, CPU), (1.0, 0.3, CPU)):
-        torch.library.opcheck(torch.ops.sg_kernels.quantiles.default, arguments)
+    torch.library.opcheck(torch.ops.sg_kernels.quantiles.default, (0.7, CPU))
 
 
 def test_step_goes_up_by_one_and_nothing_else_changes(backend):
@@ -432,10 +432,10 @@ def test_fake_tensors_are_taken_for_out_though_they_lie_nowhere():
 
 
 def test_real_tensors_under_a_mode_of_fake_ones_leave_no_fake_table_behind():
-    keep_prob = 0.3125  # of no other test
+    alpha = 0.3125  # of no other test
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        sg_kernels.saliency_graft(IMAGES, FEATURES, keep_prob=keep_prob, seed=1)
-    result = sg_kernels.saliency_graft(IMAGES, FEATURES, keep_prob=keep_prob, seed=1)
+        sg_kernels.saliency_graft(IMAGES, FEATURES, alpha=alpha, seed=1)
+    result = sg_kernels.saliency_graft(IMAGES, FEATURES, alpha=alpha, seed=1)
     assert type(result.images) is torch.Tensor
 
 
@@ -444,13 +444,13 @@ def test_a_table_made_inside_a_transform_outlives_it():
     torch.func.grad(
         lambda images: sg_kernels.saliency_graft(images, FEATURES, alpha=alpha, seed=1).images.sum()
     )(IMAGES)
-    table = ops.quantiles(alpha, None, IMAGES.device)
+    table = ops.quantiles(alpha, IMAGES.device)
     assert torch.equal(table, rng.beta_quantiles(alpha))
     assert torch.func.debug_unwrap(table) is table
 
 
 def test_a_table_is_kept_where_it_is_as_a_captured_graph_may_point_at_it():
-    table = ops.quantiles(0.4375, None, IMAGES.device)
+    table = ops.quantiles(0.4375, IMAGES.device)
     for alpha in range(1, 200):
-        ops.quantiles(float(alpha), None, IMAGES.device)
-    assert ops.quantiles(0.4375, None, IMAGES.device) is table
+        ops.quantiles(float(alpha), IMAGES.device)
+    assert ops.quantiles(0.4375, IMAGES.device) is table

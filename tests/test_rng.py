@@ -160,13 +160,6 @@ def test_keep_threshold_interpolates_the_table_in_integers(alpha):
     assert thresholds.tolist() == [truth.keep_threshold(word, alpha) for word in words.tolist()]
 
 
-@pytest.mark.parametrize(("keep_prob", "threshold"), [(0.0, 0), (0.25, 1 << 30), (1.0, 1 << 32)])
-def test_a_fixed_p_has_one_threshold_for_every_word(keep_prob, threshold):
-    words = torch.tensor([0, 1, 1 << 31, (1 << 32) - 1])
-    thresholds = rng.keep_threshold(words, rng.fixed_quantiles(keep_prob))
-    assert thresholds.tolist() == [threshold] * 4
-
-
 def test_draw_grid_size_scales_one_word_to_the_number_of_sizes():
     sizes = ((1, 1), (2, 3), (7, 7), (4, 4), (8, 8))
     for seed in range(50):

@@ -108,12 +108,7 @@ void sample(
     std::fill(mask, mask + cells, true);
     return;
   }
-  if (!sampling.draws.sampled) {
-    std::copy(keep, keep + cells, mask);
-    return;
-  }
-  const std::int64_t p =
-      keep_threshold(shared.word[0], sampling.draws.quantiles, sampling.draws.bins);
+  const std::int64_t p = sampling.draws.p(shared.word[0]);
   for (std::int64_t block = 0; block * 4 < cells; ++block) {
     const Words words = philox(block, own, draw, kSampling, sampling.seed);
     for (std::int64_t c = block * 4; c < std::min(block * 4 + 4, cells); ++c)

@@ -132,12 +132,11 @@ __device__ inline void sample(
     std::uint64_t seed) {
   const Words shared = philox(0, 0, draw, kKeepProb, seed);
   const bool gated = shared.word[1] >= threshold_of(draws.prob);
-  const std::int64_t p =
-      draws.sampled ? keep_threshold(shared.word[0], draws.quantiles, draws.bins) : 0;
+  const std::int64_t p = draws.p(shared.word[0]);
   for (int c = threadIdx.x; c < cells; c += kThreads) {
     if (gated)
       mask[c] = true;
-    else if (draws.sampled && mask[c])
+    else if (mask[c])
       mask[c] = stream_word(c, own, draw, kSampling, seed) < p;
   }
   __syncthreads();

@@ -193,23 +193,21 @@ def select(
 
 
 @triton.jit
-def draw_keep_prob(draw, seed, quantiles, quantile_shift, gate):
+def draw_keep_prob(draw, seed, quantiles, keep, gate):
     """Stage 5, what a draw's rows share: p as a threshold of words, and whether it grafts at all.
 
-    It does where its word lies below ``gate``.
+    p is ``keep`` where there are no ``quantiles``. It grafts where its word lies below ``gate``.
     """
     p_word, gate_word, _, _ = philox.words(0, 0, draw, philox.KEEP_PROB, seed)
-    p = philox.keep_threshold(p_word, quantiles, quantile_shift)
+    p = keep if quantiles is None else philox.keep_threshold(p_word, quantiles)
     return p, gate_word.to(tl.int64) < gate
 
 
 @triton.jit
-def sample(keep, cell, valid, row, draw, seed, p, grafts, SAMPLED: tl.constexpr):
+def sample(keep, cell, valid, row, draw, seed, p, grafts):
     """Stage 5: M. A draw that does not graft has all True."""
-    mask = keep
-    if SAMPLED:
-        mask = mask & (philox.word(cell, row, draw, philox.SAMPLING, seed).to(tl.int64) < p)
-    return tl.where(grafts, mask, valid)
+    kept = keep & (philox.word(cell, row, draw, philox.SAMPLING, seed).to(tl.int64) < p)
+    return tl.where(grafts, kept, valid)
 
 
 @triton.jit

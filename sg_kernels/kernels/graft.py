@@ -181,7 +181,7 @@ def saliency_graft_kernel(
     temperature: tl.float32,
     threshold: tl.float32,
     k: tl.int32,
-    quantile_shift: tl.int32,
+    keep_prob: tl.int64,
     gate: tl.int64,
     num_classes: tl.int32,
     smoothing: tl.float32,
@@ -223,11 +223,11 @@ def saliency_graft_kernel(
     grid = cells.resample(
         maps, own, batch, splits, map_size, grid_size, window, cell, valid, True, TERMS, UNROLL
     )
-    p, grafts = cells.draw_keep_prob(draw, seed, quantiles, quantile_shift, gate)
+    p, grafts = cells.draw_keep_prob(draw, seed, quantiles, keep_prob, gate)
     keep = cells.select(
         grid, cell, valid, grid_cells, temperature, threshold, k, NORMALIZE, TOPK, CELLS
     )
-    kept = cells.sample(keep, cell, valid, own, draw, seed, p, grafts, not TOPK)
+    kept = cells.sample(keep, cell, valid, own, draw, seed, p, grafts)
 
     if GRAFTS:
         extents = tiles_across, lines, chunks

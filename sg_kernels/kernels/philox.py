@@ -9,6 +9,8 @@ SAMPLING = tl.constexpr(int(rng.Stream.SAMPLING))
 KEEP_PROB = tl.constexpr(int(rng.Stream.KEEP_PROB))
 PAIRING = tl.constexpr(int(rng.Stream.PAIRING))
 CALL = tl.constexpr(int(rng.Stream.CALL))
+QUANTILE_SHIFT = tl.constexpr(rng.QUANTILE_SHIFT)
+FRACTION = tl.constexpr((1 << rng.QUANTILE_SHIFT) - 1)
 LARGEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
@@ -36,13 +38,12 @@ def call_seed(seed, step, rank):
 
 
 @triton.jit
-def keep_threshold(word, quantiles, shift):
-    """The inverse CDF at ``word``; the table has 2 ** (32 - shift) bins."""
+def keep_threshold(word, quantiles):
+    """The inverse CDF at ``word``."""
     word = word.to(tl.int64)
-    low = tl.load(quantiles + (word >> shift))
-    high = tl.load(quantiles + (word >> shift) + 1)
-    fraction = word & ((tl.full([], 1, tl.int64) << shift) - 1)
-    return low + ((high - low) * fraction >> shift)
+    low = tl.load(quantiles + (word >> QUANTILE_SHIFT))
+    high = tl.load(quantiles + (word >> QUANTILE_SHIFT) + 1)
+    return low + ((high - low) * (word & FRACTION) >> QUANTILE_SHIFT)
 
 
 @triton.jit
