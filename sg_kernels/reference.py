@@ -48,7 +48,7 @@ def normalize_scale(saliency: Tensor, normalize: str) -> Tensor:
         case "max":
             return flat.amax(1, keepdim=True)
         case "mean":
-            return flat.mean(1, keepdim=True, dtype=torch.float64).float()  # whose sum may overflow
+            return flat.mean(1, keepdim=True, dtype=torch.float64).float()  # float32 may overflow
         case _:
             return torch.ones_like(flat[:, :1])
 

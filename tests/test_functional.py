@@ -440,6 +440,16 @@ def test_no_grad_records_nothing(backend):
     assert not result.images.requires_grad
 
 
+def test_the_mean_of_a_map_does_not_overflow_where_its_sum_would(backend):
+    images, _ = batch_of()
+    saliency = torch.rand(4, 5, 6)
+    options = {"normalize": "mean", "temperature": 0.5, "keep_prob": 1.0, "backend": backend}
+    plain = saliency_graft(images, saliency=saliency, seed=1, **options)
+    huge = saliency_graft(images, saliency=saliency * 2.0**127, seed=1, **options)
+    assert 0 < plain.mask.sum() < plain.mask.numel()
+    assert torch.equal(huge.mask, plain.mask)
+
+
 @pytest.mark.slow
 def test_many_alphas_do_not_crowd_out_one_another(backend):
     images, features = batch_of(2)

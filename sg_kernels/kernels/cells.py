@@ -145,7 +145,8 @@ def normalize_scale(grid, valid, cells, peak, NORMALIZE: tl.constexpr):
     if NORMALIZE == "max":
         return peak
     elif NORMALIZE == "mean":
-        return tl.sum(tl.where(valid, grid, 0.0), axis=0) / cells.to(tl.float32)
+        total = tl.sum(tl.where(valid, grid, 0.0).to(tl.float64), axis=0)  # float32 may overflow
+        return (total / cells.to(tl.float64)).to(tl.float32)
     else:
         return tl.full([], 1.0, tl.float32)
 
