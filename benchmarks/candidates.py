@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sg_kernels
 from benchmarks import rivals
-from benchmarks.cases import Case, Data, features_bytes, floor_bytes
+from benchmarks.cases import Case, Data, features_bytes, fill, floor_bytes
 from sg_kernels import backends, reference, rng
 
 Call = Callable[[], Any]
@@ -93,9 +93,8 @@ def images_bytes(case: Case) -> int:
 
 
 def empty_rows(case: Case, data: Data) -> Tensor:
-    # Random, so that its pages exist before the clock starts.
-    rows = reference.empty_rows(data.images, case.augmentations * len(data.images))
-    return rows.copy_(torch.rand_like(rows, dtype=torch.float32))
+    # Filled, so that its pages exist before the clock starts.
+    return fill(reference.empty_rows(data.images, case.augmentations * len(data.images)))
 
 
 @lru_cache
@@ -157,7 +156,7 @@ def copies() -> list[Candidate]:
         sources += [images] * ((case.augmentations - 1) // 2)
         if case.augmentations % 2 == 0:
             sources.append(images[: images.numel() // 2])
-        pairs = [(random_like(source), source) for source in sources]
+        pairs = [(fill(torch.empty_like(source)), source) for source in sources]
 
         def call() -> None:
             for destination, source in pairs:
@@ -166,7 +165,7 @@ def copies() -> list[Candidate]:
         return call
 
     def images(case: Case, data: Data) -> Call:
-        return partial(random_like(data.images).copy_, data.images)
+        return partial(fill(torch.empty_like(data.images)).copy_, data.images)
 
     return [
         Candidate(COPY, same_bytes, floor_bytes),
@@ -174,10 +173,6 @@ def copies() -> list[Candidate]:
         Candidate("clone of the images", lambda case, data: data.images.clone, images_bytes),
         Candidate("sum of the features", lambda case, data: data.features.sum, features_bytes),
     ]
-
-
-def random_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor).copy_(torch.rand_like(tensor, dtype=torch.float32))
 
 
 def in_storage_order(tensor: Tensor) -> Tensor:
@@ -245,18 +240,19 @@ def kornia(name: str) -> Candidate:
 
 
 def attentive_cutmix(case: Case, data: Data) -> Call:
-    args = data.images, data.features, data.labels, case.num_classes
+    args = data.images.clone(), data.features, data.labels, case.num_classes
     return partial(rivals.attentive_cutmix, *args)
 
 
 def saliencymix(case: Case, data: Data, by_opencv: bool) -> Call:
     saliency = rivals.opencv_saliency if by_opencv else rivals.fine_grained_saliency
-    return partial(rivals.saliencymix, data.images, data.labels, case.num_classes, saliency)
+    args = data.images.clone(), data.labels, case.num_classes
+    return partial(rivals.saliencymix, *args, saliency)
 
 
 def saliencymixes() -> list[Candidate]:
     """By OpenCV; where that has no such function, also by what stands in for it."""
-    name, build = "SaliencyMix ({}, adapter)", partial(saliencymix, by_opencv=True)
+    name, build = "SaliencyMix ({}, adapter, in place)", partial(saliencymix, by_opencv=True)
     found = [Candidate(name.format("OpenCV"), build, capturable=False)]
     try:
         rivals.opencv_saliency(np.zeros((8, 8, 3), np.uint8))
@@ -282,7 +278,7 @@ def peers() -> list[Candidate]:
         torchvision("MixUp"),
         kornia("RandomCutMixV2"),
         kornia("RandomMixUpV2"),
-        Candidate("Attentive CutMix (adapter)", attentive_cutmix, capturable=False),
+        Candidate("Attentive CutMix (adapter, in place)", attentive_cutmix, capturable=False),
         *saliencymixes(),
         Candidate("PuzzleMix (gco, adapter)", puzzlemix, capturable=False),
     ]

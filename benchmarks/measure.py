@@ -1,8 +1,8 @@
 """The clocks and counters.
 
-Whoever is compared runs in turn, round by round, in an order that rotates and reverses, on data
-made alike; a ratio is the median of the rounds' own ratios. So a slow spell of the machine, a warm
-cache and a clock that ramps up meet all sides. What a call returns is freed outside of the timing.
+Whoever is compared runs in turn, round by round, in an order drawn anew for each, on data made
+alike; a ratio is the median of the rounds' own ratios. So a slow spell of the machine, a warm cache
+and a clock that ramps up meet all sides. What a call returns is freed outside of the timing.
 """
 
 import gc
@@ -99,13 +99,13 @@ def interleave(
     warmup = max(2, rounds // 10)
     samples = {name: np.full(warmup + rounds, np.nan) for name in strides}
     names = list(strides)
+    # Drawn, so that nobody runs after the same neighbour always; seeded, so that runs are alike.
+    orders = np.random.default_rng(0)
     collecting = gc.isenabled()
     gc.disable()  # a collection would land on whichever candidate runs just then
     try:
         for i in tqdm(range(warmup + rounds), desc=title, leave=False):
-            order = np.roll(np.arange(len(names)), i).tolist()
-            # Reversed every other time, so that nobody runs after the same neighbour always.
-            for name in [names[j] for j in (order if i % 2 else order[::-1])]:
+            for name in [names[j] for j in orders.permutation(len(names))]:
                 if name in absent or i % strides[name]:
                     continue
                 try:

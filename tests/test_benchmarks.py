@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sg_kernels
@@ -135,20 +138,27 @@ def test_the_floor_is_what_its_copy_moves(augmentations, channels_last):
     assert moved.total == floor
 
 
+def test_the_floor_counts_images_and_features_in_their_own_dtypes():
+    case = cases.Case("", (4, 3, 8, 8), (4, 16, 4, 4), **cases.UINT8)
+    assert cases.floor_bytes(case) == 2 * 4 * 16 * 4 * 4 + 2 * 4 * 3 * 8 * 8
+    assert case.shape == "4x3x8x8 uint8, 4x16x4x4 bfloat16"
+
+
 def test_the_floor_leaves_out_skipped_tokens():
     case = cases.Case("", (2, 3, 8, 8), (2, 5, 7), token_grid=(2, 2), prefix_tokens=1)
     assert cases.features_bytes(case) == 4 * 2 * 4 * 7
 
 
-def test_candidates_take_turns_in_an_order_that_changes():
+def test_candidates_take_turns_and_each_runs_after_each():
     calls = []
-    timed = {name: Timed(lambda name=name: calls.append(name)) for name in "abc"}
-    samples = measure.interleave(timed, 6, measure.wall, "", {})
-    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 6)
-    rounds = ["".join(calls[i : i + 3]) for i in range(6, len(calls), 3)]
-    assert {"".join(sorted(turn)) for turn in rounds} == {"abc"}
-    assert len(set(rounds)) >= 3
-    assert {turn[0] for turn in rounds} == set("abc")
+    timed = {name: Timed(lambda name=name: calls.append(name)) for name in "abcd"}
+    samples = measure.interleave(timed, 40, measure.wall, "", {})
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abcd", 40)
+    rounds = ["".join(calls[i : i + 4]) for i in range(8, len(calls), 4)]
+    assert {"".join(sorted(turn)) for turn in rounds} == {"abcd"}
+    followed = Counter(pair for turn in rounds for pair in pairwise(turn))
+    assert len(followed) == 4 * 3
+    assert max(followed.values()) < 2 * len(rounds) * 3 / len(followed)
 
 
 def test_a_candidate_that_fails_is_dropped_and_the_others_go_on():
@@ -498,9 +508,11 @@ def test_attentive_cutmix_pastes_the_most_attended_cells():
     features = torch.zeros(2, 5, 4, 4)
     features[:, :, 1, 2] = -9
     for _ in range(20):
-        mixed, targets = rivals.attentive_cutmix(images, features, labels, 2, patches=1)
+        given = images.clone()
+        mixed, targets = rivals.attentive_cutmix(given, features, labels, 2, patches=1)
         if not mixed.equal(images):
             break
+    assert mixed is given
     changed = (mixed != images).all(1)
     assert changed.sum() == 2 * 4
     assert changed[:, 2:4, 4:6].all()
@@ -517,9 +529,11 @@ def test_saliencymix_centres_its_box_on_the_peak(monkeypatch):
         return peak
 
     for _ in range(20):
-        mixed, targets = rivals.saliencymix(images, labels, 2, saliency)
+        given = images.clone()
+        mixed, targets = rivals.saliencymix(given, labels, 2, saliency)
         if not mixed.equal(images):
             break
+    assert mixed is given
     changed = (mixed != images).all(1)
     assert changed.sum() == 2 * 8 * 8
     assert changed[:, 2:10, 5:13].all()
@@ -551,6 +565,57 @@ def test_puzzlemix_keeps_what_is_salient():
             break
     assert mixed[0, 0, :, :8].mean() <= mixed[0, 0, :, 8:].mean()
     assert mixed[1, 0, :, :8].mean() <= mixed[1, 0, :, 8:].mean()
+
+
+def test_puzzlemix_cuts_by_the_costs_of_its_authors(monkeypatch):
+    """Of two by two blocks, each from one image: what is not seen, the prior, what joins badly."""
+    given = []
+    cut = SimpleNamespace(cut_grid_graph=lambda *args, **_: given.append(args) or np.zeros(4, int))
+    monkeypatch.setitem(sys.modules, "gco", cut)
+    monkeypatch.setattr(np.random, "beta", lambda a, b: 0.3)
+    monkeypatch.setattr(torch, "randperm", lambda n, device: torch.tensor([1, 0]))
+    images, saliency = torch.rand(2, 3, 8, 8), torch.rand(2, 2, 2)
+    mixed, targets = rivals.puzzlemix(images, saliency, torch.arange(2), 2, blocks=2)
+    assert_same_bits(mixed, images)
+    assert targets.tolist() == [[1, 0], [0, 1]]
+
+    unary, disagreement, vertical, horizontal = given[0]
+    share = saliency / saliency.sum((1, 2), keepdim=True)
+    pooled = torch.nn.functional.avg_pool2d(images, 4)
+    borders = [((0, x), (1, x)) for x in (0, 1)] + [((y, 0), (y, 1)) for y in (0, 1)]
+
+    def cost(shown):
+        of_blocks = sum(unary[y, x, 2 * z] for (y, x), z in shown.items())
+        weights = [*vertical.ravel(), *horizontal.ravel()]
+        return of_blocks + sum(
+            w * disagreement[2 * shown[a], 2 * shown[b]] for w, (a, b) in zip(weights, borders)
+        )
+
+    def expected(shown):
+        unseen = sum(share[(1 - z, *at)] for at, z in shown.items())
+        prior = sum(-0.2 * np.log((0.3, 0.7)[z] ** 2) / 4 for z in shown.values())
+        joints = 0.0
+        for a, b in borders:
+            difference = pooled[(shown[a], slice(None), *a)] - pooled[(shown[b], slice(None), *b)]
+            joints += 1.2 / 32 * ((shown[a] != shown[b]) + 0.5 * difference.abs().mean())
+        return 4000 * (unseen + prior + joints)
+
+    choices = [dict(zip(product((0, 1), repeat=2), chosen)) for chosen in product((0, 1), repeat=4)]
+    for shown in choices[1:]:
+        difference = expected(shown) - expected(choices[0])
+        assert cost(shown) - cost(choices[0]) == pytest.approx(float(difference), abs=12)
+
+
+def test_random_data_is_never_flat():
+    for options in ({}, {"features": (8, 17, 64), "token_grid": (4, 4), "prefix_tokens": 1}):
+        case = cases.Case("", (8, 3, 8, 8), (8, 64, 4, 4), dtype=torch.uint8)._replace(
+            features_dtype=torch.float32, **options
+        )
+        data = cases.make_data(case, "cpu")
+        assert len(data.images.unique()) > 200
+        tokens = {"token_grid": case.token_grid, "prefix_tokens": case.prefix_tokens}
+        saliency = sg_kernels.channel_saliency(data.features, **tokens).flatten(1)
+        assert (saliency.amax(1) > 2 * saliency.mean(1)).float().mean() > 0.7
 
 
 def test_a_csv_gives_back_its_rows(tmp_path):
@@ -648,10 +713,11 @@ def test_a_ratio_has_fallen_when_it_leaves_the_calibrated_range_by_more_than_its
 def test_every_operator_is_benchmarked(capsys):
     options = ["-k", "tiny", "--benchmark-disable", "-p", "no:cacheprovider"]
     assert pytest.main([str(ROOT / "benchmarks" / "bench_ops.py"), *options]) == 0
-    operators, layouts = 9, 2
+    operators, inputs, without_gradient = 9, 3, 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
     devices = [sg_kernels.backends.DEVICES[name] for name in sg_kernels.available_backends()]
-    passed = operators * layouts * sum(device in those for those in devices)
+    backends = sum(device in those for those in devices)
+    passed = (operators * inputs - without_gradient) * backends
     assert f"{passed} passed" in capsys.readouterr().out
 
 
