@@ -574,7 +574,8 @@ def test_puzzlemix_cuts_by_the_costs_of_its_authors(monkeypatch):
     monkeypatch.setitem(sys.modules, "gco", cut)
     monkeypatch.setattr(np.random, "beta", lambda a, b: 0.3)
     monkeypatch.setattr(torch, "randperm", lambda n, device: torch.tensor([1, 0]))
-    images, saliency = torch.rand(2, 3, 8, 8), torch.rand(2, 2, 2)
+    # Large, so that how they join counts against what is lost when costs become integers.
+    images, saliency = 50 * torch.rand(2, 3, 8, 8), torch.rand(2, 2, 2)
     mixed, targets = rivals.puzzlemix(images, saliency, torch.arange(2), 2, blocks=2)
     assert_same_bits(mixed, images)
     assert targets.tolist() == [[1, 0], [0, 1]]
@@ -603,7 +604,7 @@ def test_puzzlemix_cuts_by_the_costs_of_its_authors(monkeypatch):
     choices = [dict(zip(product((0, 1), repeat=2), chosen)) for chosen in product((0, 1), repeat=4)]
     for shown in choices[1:]:
         difference = expected(shown) - expected(choices[0])
-        assert cost(shown) - cost(choices[0]) == pytest.approx(float(difference), abs=12)
+        assert cost(shown) - cost(choices[0]) == pytest.approx(float(difference), abs=8)
 
 
 def test_random_data_is_never_flat():
