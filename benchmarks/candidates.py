@@ -27,6 +27,8 @@ class Candidate(NamedTuple):
     """The floor of its bytes, where it does the work that the floor is counted for."""
     capturable: bool = True
     """False where it draws on the host: a graph would replay one draw, as one box of CutMix."""
+    compiled: bool = False
+    """By torch.compile."""
 
 
 COPY = "copy_ of the same bytes"
@@ -141,7 +143,7 @@ def compiled(device: str, quick: bool) -> list[Candidate]:
     if quick:  # traced and not compiled, which takes a second instead of ten
         modes = {"compiled reference": "quick"}
     return [
-        Candidate(name, partial(build_plain, mode=mode), floor_bytes)
+        Candidate(name, partial(build_plain, mode=mode), floor_bytes, compiled=True)
         for name, mode in modes.items()
     ]
 

@@ -108,6 +108,8 @@ def measure_all(
             chosen = [*(ours(backend)[0] for backend in own_backends(device)), slow]
             measured = headline(case, chosen, device, clock, rounds, {slow.name})
             yield from guarded(case.name, measured)
+    for case in headlines:
+        yield from guarded(case.name, count(case, compiled(device, quick), device, clock))
 
 
 def guarded(section: str, measured: Iterable[list[Row]], grad: bool = False) -> Iterator[list[Row]]:
@@ -300,18 +302,19 @@ def count(
 ) -> Iterator[list[Row]]:
     """What does not depend on a clock."""
     prepared = Prepared(case, candidates, device)
-    counters: list[tuple[str, str, Callable[[Call], int]]] = [
-        ("operators per call", "", measure.count_operators)
-    ]
+    on_device: list[tuple[str, str, Callable[[Call], int]]] = []
     if clock is not None:
-        counters += [
+        on_device = [
             ("launches per call", "", measure.count_launches),
             ("host syncs per call", "", measure.count_syncs),
             ("peak memory beyond the outputs", "B", measure.device_memory_peak),
         ]
     for candidate in prepared.candidates:
         rows = []
-        for figure, unit, counted in counters:
+        operators = (
+            measure.count_operators_profiled if candidate.compiled else measure.count_operators
+        )
+        for figure, unit, counted in [("operators per call", "", operators), *on_device]:
             where = (case.name, case.shape, candidate.name, figure)
             try:
                 rows.append(Row(*where, counted(prepared.calls[candidate.name]), unit))

@@ -227,6 +227,16 @@ def count_operators(call: Call) -> int:
     return counted.count
 
 
+def count_operators_profiled(call: Call) -> int:
+    """The same of what is compiled, and under CountOps would run, and then stay, uncompiled."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    operators = [event for event in profiler.events() if "::" in event.name]
+    # Not those that an operator calls in turn.
+    return sum(event.cpu_parent not in operators for event in operators)
+
+
 def count_launches(call: Call) -> int:
     """Kernels, copies and fills that one call puts on the device."""
     call()

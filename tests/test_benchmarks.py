@@ -29,6 +29,7 @@ from benchmarks import (  # noqa: E402
     compare,
     gpu,
     measure,
+    memory,
     readme,
     report,
     results,
@@ -75,7 +76,11 @@ def test_a_run_measures_every_section(quick_run):
     time = "device time" if torch.cuda.is_available() else "time"
     for case in ("cifar", "imagenet", "batch=2", "channels=8", "grid=2", "augmentations=2"):
         assert (case, time) in valued
-    assert ("cifar", "operators per call") in valued
+    for candidate in ("cpp", "eager reference", "compiled reference"):
+        assert results.find(rows, "imagenet", candidate, "operators per call")
+    if not torch.cuda.is_available():
+        for candidate in ("copy_", "reference", "compiled reference"):
+            assert results.find(rows, "imagenet", candidate, f"{memory.FIGURE}, later calls")
     assert ("tiny", "host time") in valued
     assert ("tiny ResNet", "training step") in valued
     assert not [row for row in rows if row.figure == "all"]  # no section failed
@@ -471,6 +476,8 @@ def test_a_run_that_is_killed_keeps_its_rows_and_a_quick_one_touches_no_results(
 def test_counters(fake_cuda):
     x = torch.rand(4)
     assert measure.count_operators(lambda: x.add(1).mul_(2)) == 2
+    # randint calls empty and random_, which are not counted.
+    assert measure.count_operators_profiled(lambda: torch.randint(9, (4,)).add(1)) == 2
     assert measure.count_launches(lambda: x.add(1)) == 0
     assert measure.device_memory_peak(lambda: x) == 700 - 100 - 200
 
