@@ -81,7 +81,7 @@ bench-check: $(PEERS) ## has a ratio fallen against the committed ones?
 	$(RUN) -m benchmarks.check
 
 bench-calibrate: $(PEERS) ## measures the ratios, and how far they differ, that bench-check holds to
-	$(RUN) -m benchmarks.check --calibrate 5
+	$(RUN) -m benchmarks.check --calibrate 8
 
 # With the interpreter that is given, and what it has installed.
 gpu: ## builds, tests and measures on this machine's GPU: PYTHON=python3 RESULTS=dir; DRY=1 rehearses without

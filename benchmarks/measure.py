@@ -8,7 +8,7 @@ and a clock that ramps up meet all sides. What a call returns is freed outside o
 import gc
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import cycle
 from time import perf_counter_ns
 from typing import Any, NamedTuple
@@ -19,7 +19,14 @@ from torch import cuda
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
+
+try:
+    from tqdm import tqdm
+except ImportError:  # no bar, then
+
+    def tqdm(rounds: Iterable[Any], **_: Any) -> Iterable[Any]:
+        return rounds
+
 
 Call = Callable[[], Any]
 Samples = dict[str, np.ndarray]

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, cuda, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import sg_kernels
 from benchmarks.candidates import own_backends, timm_mixup
-from benchmarks.measure import reason, synchronize
+from benchmarks.measure import reason, synchronize, tqdm
 from benchmarks.results import Row, absent, row_of
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -707,15 +707,56 @@ def test_readme_states_no_figure_that_the_results_do_not():
     assert readme.problems(text, results.RESULTS) == []
 
 
-def test_a_ratio_has_fallen_when_it_leaves_the_calibrated_range_by_more_than_its_width():
+def test_a_check_of_unchanged_ratios_fails_once_in_a_hundred_times():
+    """Ten ratios whose runs differ by a tenth, checked as often as shows the share of failures."""
+    draw = np.random.default_rng(0)
+    failures = 0
+    for _ in range(2000):
+        runs = np.exp(0.1 * draw.standard_normal((10, 9)))
+        failures += any(
+            today < check.least_accepted(list(kept), check.FALSE_ALARMS / 10)
+            for *kept, today in runs
+        )
+    assert 0.004 < failures / 2000 < 0.018
+
+
+def test_a_ratio_has_fallen_when_chance_does_not_explain_it(capsys):
     figure = "time / cpp"
-    runs = [[row(figure=figure, value=value, unit="x")] for value in (4.0, 5.0, 4.4)]
+    runs = [[row(figure=figure, value=value, unit="x")] for value in (4.0, 5.0, 4.4, 4.5)]
     kept = check.calibration(runs)
-    assert [row.value for row in kept] == [4.4, 4.0, 5.0]
-    for value, accepted in ((9.0, True), (3.3, True), (3.1, False)):
+    assert kept[0].value == pytest.approx(4.45)
+    for value, accepted in ((9.0, True), (3.3, True), (2.8, False)):
         fallen = check.verdicts(kept, [row(figure=figure, value=value, unit="x")])
         assert (fallen == []) == accepted
-    assert check.verdicts(kept, []) != []
+        assert ("FALLEN" in capsys.readouterr().out) != accepted
+
+
+def test_a_library_that_is_absent_is_listed_and_one_of_ours_has_fallen(capsys):
+    runs = [[row("cifar", "timm", "time / cpp", value, "x")] for value in (4.0, 5.0)]
+    kept = check.calibration(runs)
+    absent = results.absent("cifar", "1x1", "timm", "time", "No module named 'timm'")
+    assert check.verdicts(kept, [absent]) == []
+    assert "absent: No module named 'timm'" in capsys.readouterr().out
+    assert check.verdicts(kept, []) == kept[:1]
+
+
+def test_a_check_refuses_the_calibration_of_another_machine(tmp_path, monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results.write(tmp_path / f"{results.file_name(device)}-check.csv", RUN, [row()])
+    monkeypatch.setattr(sys, "argv", ["check", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is of a machine, this is"):
+        check.main()
+
+
+def test_without_tqdm_the_clocks_still_run():
+    code = (
+        "import sys; sys.modules['tqdm'] = None\n"
+        "from benchmarks import measure, step\n"
+        "timed = {'a': measure.Timed(lambda: None)}\n"
+        "print(len(measure.interleave(timed, 3, measure.wall, '', {})['a']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == "3\n", run.stderr
 
 
 def test_every_operator_is_benchmarked(capsys):
