@@ -99,9 +99,10 @@ $(TORCH_STAMP):
 	@touch $@
 
 # The libraries that are compared with. One that does not install is absent from the tables, no more.
-# timm asks for a torchvision, of which there is no CPU build; the one file that is used does not.
+# timm and torchvision ask for builds of PyTorch that are not this one; what is used of them does not.
 $(PEERS): $(STAMP)
 	-$(RUN) -m pip install --quiet --no-deps timm
+	-$(RUN) -m pip install --quiet --no-deps torchvision
 	-$(RUN) -m pip install --quiet kornia
 	-$(RUN) -m pip install --quiet gco-wrapper
 	-$(RUN) -m pip install --quiet opencv-contrib-python-headless

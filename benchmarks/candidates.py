@@ -1,6 +1,7 @@
 """What is timed side by side. A candidate that cannot run here is absent, with the reason."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -224,6 +225,11 @@ def timm(name: str, mode: str) -> Candidate:
 
 def torchvision(name: str) -> Candidate:
     def build(case: Case, data: Data) -> Call:
+        if torch.version.cuda is None:
+            # There are wheels for CUDA alone, whose own operators do not load then. This module
+            # describes them, and all that CutMix and MixUp call are PyTorch's.
+            described = "torchvision._meta_registrations"
+            sys.modules.setdefault(described, ModuleType(described))
         from torchvision.transforms import v2
 
         return partial(getattr(v2, name)(num_classes=case.num_classes), data.images, data.labels)

@@ -4,9 +4,9 @@
     python -m benchmarks.compare --quick    a smoke run on tiny shapes, whose numbers mean nothing
 
 Writes <machine>.csv, one row a figure; <machine>.md, the same as tables; and plots. All rows so far
-are written whenever there are more; what takes longest, compiling the reference, comes last. On
-CUDA where there is a device, else on the CPU. What cannot run is a row without a value that says
-why.
+are written whenever there are more; what takes longest, compiling the reference, comes last, and of
+a run that was stopped `python -m benchmarks.plots` draws what there is. On CUDA where there is a
+device, else on the CPU. What cannot run is a row without a value that says why.
 """
 
 import argparse

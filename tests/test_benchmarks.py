@@ -101,6 +101,15 @@ def test_a_run_draws_its_plots(quick_run):
         assert next(quick_run.glob(picture)).stat().st_size > 10_000
 
 
+def test_plots_are_drawn_anew_from_the_csv_of_a_run_that_was_stopped(quick_run, tmp_path):
+    run, rows = results.read(next(quick_run.glob("*.csv")))
+    so_far = [row for row in rows if "=" not in row.case]
+    results.write(tmp_path / "part.csv", run, so_far)
+    command = [sys.executable, "-m", "benchmarks.plots", str(tmp_path / "part.csv")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (tmp_path / "part.png").stat().st_size > 10_000
+
+
 def test_a_check_accepts_what_its_calibration_measured(tmp_path, monkeypatch, capsys):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(check, "compiled", lambda device, quick: [candidates.EAGER])
