@@ -208,6 +208,7 @@ class FakeCuda:
 
     def __init__(self, capture_fails=False):
         self.now, self.log, self.capture_fails, self.captured = 0.0, [], capture_fails, None
+        self.queue = 1024
         self.Event = lambda enable_timing: FakeEvent(self)
         self.CUDAGraph = SimpleNamespace
         self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
@@ -261,6 +262,10 @@ class FakeEvent:
     def record(self):
         self.at = self.cuda.now
         self.cuda.log.append("event")
+        self.behind = len(self.cuda.log)
+
+    def query(self):
+        return len(self.cuda.log) - self.behind > self.cuda.queue
 
     def elapsed_time(self, other):
         return other.at - self.at
@@ -341,6 +346,30 @@ def test_what_draws_on_the_host_is_not_captured(fake_cuda):
     timed, words = clock.prepare([lambda: fake_cuda.launch("call", 2e-3)], capturable=False)
     assert (timed.calls, "which a graph would freeze" in words) == (8, True)
     assert not any(candidate.capturable for candidate in candidates.peers())
+
+
+@pytest.mark.parametrize(
+    ("queue", "taken", "words"),
+    [(16, 8, "8 calls behind a full queue"), (15, 1, "1 call behind"), (1, 1, "waits at times")],
+)
+def test_what_overflows_the_queue_is_timed_by_itself_and_says_so(fake_cuda, queue, taken, words):
+    clock = measure.DeviceClock("cpu")
+    fake_cuda.queue = queue
+    two_launches = [lambda: [fake_cuda.launch(name, 1e-3) for name in "ab"]]
+    timed, how = clock.prepare(two_launches, capturable=False)
+    assert (timed.calls, words in how) == (taken, True)
+    assert clock(timed) == pytest.approx(2000)
+
+
+def test_the_copy_that_others_are_measured_by_is_timed_several_times_at_once(
+    fake_cuda, monkeypatch
+):
+    monkeypatch.setattr(torch.Tensor, "copy_", copying(fake_cuda))
+    clock = measure.DeviceClock("cpu")
+    fake_cuda.log.clear()
+    bandwidth = compare.copy_bandwidth(clock)
+    assert fake_cuda.log[:11] == ["fill", "event", *["copy"] * 8, "event"]
+    np.testing.assert_allclose(bandwidth, 2 * clock.ballast.nbytes / 1e6)
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
