@@ -22,7 +22,7 @@ help:
 	@sed -n 's/^\([a-z0-9.-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
 demo: $(STAMP) ## trains with and without grafting, compares the backends, draws benchmarks/results/demo.png
-	$(RUN) benchmarks/demo.py
+	$(RUN) -m benchmarks.demo
 
 test: $(STAMP) ## the test suite; Triton's kernels interpreted and CUDA's emulated, in processes of their own
 	$(MAKE) --jobs 2 --output-sync test-interpreted test-compiled test-emulated
