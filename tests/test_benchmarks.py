@@ -696,21 +696,52 @@ Needs 3 GB.
 
 A call takes <!-- m | cifar | cpp | time -->0.0 ms<!-- / --> on 224x224.
 
+<!-- targets -->
+<!-- /targets -->
+
 ## Next
 
-In 5 ms.
+Of 8 KiB.
 """
 
 
 @pytest.fixture
-def committed(tmp_path):
+def committed(tmp_path, monkeypatch):
     rows = [
         row(candidate="floor", figure="bytes", value=8, unit="B"),
         row(candidate="eager reference", figure="time / cpp", value=7.48, unit="x", rounds=9),
         row(candidate="cpp", value=1.0763),
     ]
     results.write(tmp_path / "m.csv", RUN, rows)
+    eager = "m", ("cifar",), "eager reference", "time / cpp"
+    targets = [
+        readme.Target("fast", "at least", 7, *eager),
+        readme.Target("faster", "at least", 8, *eager),
+        readme.Target("short", "at most", 1, "m", ("cifar",), "cpp", "time"),
+    ]
+    monkeypatch.setattr(readme, "TARGETS", targets)
     return tmp_path
+
+
+def test_readme_says_of_each_target_whether_it_is_met(committed):
+    text = readme.rewritten(README, committed)
+    assert "| fast | at least 7x | 7.5x | met |" in text
+    assert "| faster | at least 8x | 7.5x | short |" in text
+    assert "| short | at most 1 ms | 1.08 ms | short |" in text
+
+
+def test_a_target_of_several_cases_is_met_in_all_or_short(tmp_path):
+    rows = [row(case, "cpp", "time", value, "ms") for case, value in (("a", 1.0), ("b", 3.0))]
+    results.write(tmp_path / "m.csv", RUN, rows)
+
+    def line(sense, bound, *names):
+        return readme.Target("t", sense, bound, "m", names, "cpp", "time").line(tmp_path)
+
+    assert line("at most", 2, "a", "b") == "| t | at most 2 ms | a 1.00 ms, b 3.00 ms | short |"
+    assert line("at most", 3, "a", "b").endswith("| met |")
+    assert line("at least", 1, "a", "b").endswith("| met |")
+    assert line("at least", 2, "a", "b").endswith("| short |")
+    assert readme.unbacked(line("at most", 2, "a", "c")) != []
 
 
 def test_readme_figures_come_from_their_rows(committed):
@@ -731,6 +762,10 @@ def test_readme_figures_come_from_their_rows(committed):
         ("| cpp | time -->", "| triton | time -->"),
         ("on 224x224.", "on 224x224, 3x faster."),
         ("on 224x224.", "on 224x224, in 33 us."),
+        ("on 224x224.", "on 224x224, with 3 MB."),
+        ("Needs 3 GB.", "Needs 3 s."),
+        ("Of 8 KiB.", "Of 5 %."),
+        ("| short |\n", "| met |\n"),
     ],
 )
 def test_a_readme_figure_without_a_row_that_rounds_to_it_is_found(committed, right, wrong):
@@ -739,9 +774,15 @@ def test_a_readme_figure_without_a_row_that_rounds_to_it_is_found(committed, rig
     assert readme.problems(text.replace(right, wrong), committed) != []
 
 
+def test_a_readme_figure_whose_row_is_gone_is_found_though_it_was_rewritten(committed):
+    text = readme.rewritten(README.replace("| cpp | time -->", "| triton | time -->"), committed)
+    assert readme.problems(text, committed) != []
+
+
 def test_readme_states_no_figure_that_the_results_do_not():
     text = readme.README.read_text()
     assert "<!-- benchmarks: " in text
+    assert "<!-- targets -->" in text
     assert readme.problems(text, results.RESULTS) == []
 
 
