@@ -59,7 +59,8 @@ sanitize: $(STAMP) ## the test suite on a build with ASan and UBSan
 		--build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest --ignore tests/test_backends.py --ignore tests/test_benchmarks.py
+	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest \
+		--ignore tests/test_backends.py --ignore tests/test_benchmarks.py --ignore tests/test_setup.py
 
 lint: $(STAMP) ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
