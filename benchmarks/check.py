@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="where they are kept")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.calibrate == 1:
+        parser.error("one run does not show how far runs differ")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds = 5 if options.quick else options.rounds
     path = options.results / f"{results.file_name(device)}-check.csv"
