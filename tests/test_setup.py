@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("setuptools", "77")
+
 ROOT = Path(__file__).parents[1]
 LIBRARY = "sg_kernels/libsg_kernels_cuda.so"
 NVCC = """#!/bin/sh
