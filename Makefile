@@ -22,7 +22,7 @@ help:
 	@sed -n 's/^\([a-z0-9.-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
 demo: $(STAMP) ## trains with and without grafting, compares the backends, draws benchmarks/results/demo.png
-	$(RUN) benchmarks/demo.py
+	$(RUN) -m benchmarks.demo
 
 test: $(STAMP) ## the test suite; Triton's kernels interpreted and CUDA's emulated, in processes of their own
 	$(MAKE) --jobs 2 --output-sync test-interpreted test-compiled test-emulated
@@ -59,7 +59,8 @@ sanitize: $(STAMP) ## the test suite on a build with ASan and UBSan
 		--build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest --ignore tests/test_backends.py --ignore tests/test_benchmarks.py
+	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest \
+		--ignore tests/test_backends.py --ignore tests/test_benchmarks.py --ignore tests/test_setup.py
 
 lint: $(STAMP) ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
@@ -81,7 +82,7 @@ bench-check: $(PEERS) ## has a ratio fallen against the committed ones?
 	$(RUN) -m benchmarks.check
 
 bench-calibrate: $(PEERS) ## measures the ratios, and how far they differ, that bench-check holds to
-	$(RUN) -m benchmarks.check --calibrate 5
+	$(RUN) -m benchmarks.check --calibrate 8
 
 # With the interpreter that is given, and what it has installed.
 gpu: ## builds, tests and measures on this machine's GPU: PYTHON=python3 RESULTS=dir; DRY=1 rehearses without
@@ -99,9 +100,10 @@ $(TORCH_STAMP):
 	@touch $@
 
 # The libraries that are compared with. One that does not install is absent from the tables, no more.
-# timm asks for a torchvision, of which there is no CPU build; the one file that is used does not.
+# timm and torchvision ask for builds of PyTorch that are not this one; what is used of them does not.
 $(PEERS): $(STAMP)
 	-$(RUN) -m pip install --quiet --no-deps timm
+	-$(RUN) -m pip install --quiet --no-deps torchvision
 	-$(RUN) -m pip install --quiet kornia
 	-$(RUN) -m pip install --quiet gco-wrapper
 	-$(RUN) -m pip install --quiet opencv-contrib-python-headless

@@ -1,14 +1,21 @@
 """Builds the compiled backends: each one library for every CPython and every torch from 2.10 on.
 
 SG_KERNELS_CUDA: 1 builds the library for CUDA, 0 does not, auto (the default) does where there is
-nvcc. TORCH_CUDA_ARCH_LIST: for which GPUs, as "9.0;10.0+PTX".
+nvcc, and goes on without where that fails. TORCH_CUDA_ARCH_LIST: for which GPUs, as "9.0;10.0+PTX".
 SG_KERNELS_SANITIZE: sanitizers to build the CPU's library with.
 """
 
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(f"setuptools is {setuptools.__version__}: pip install --upgrade 'setuptools>=77'")
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -16,10 +23,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 from torch.utils import cpp_extension
 
-ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
+WANTED = os.environ.get("SG_KERNELS_CUDA", "auto")
 SANITIZE = os.environ.get("SG_KERNELS_SANITIZE", "")
 
-HEADERS = ["csrc/philox.h", "csrc/graft.h", "csrc/kernels.h"]
 INCLUDES = [argument for path in cpp_extension.include_paths() for argument in ("-isystem", path)]
 LIBRARY_DIRS = cpp_extension.library_paths()
 LIBRARIES = ["torch", "torch_cpu", "c10"]
@@ -33,7 +40,7 @@ CPU = Extension(
         "csrc/cpu/cells.cpp",
         "csrc/cpu/graft.cpp",
     ],
-    depends=[*HEADERS, "csrc/cpu/cells.h"],
+    depends=["csrc/philox.h", "csrc/graft.h", "csrc/kernels.h", "csrc/cpu/cells.h"],
     library_dirs=LIBRARY_DIRS,
     libraries=LIBRARIES,
     define_macros=[TARGET, ("SG_KERNELS_BACKEND", '"cpp"'), ("SG_KERNELS_DEVICE", "CPU")],
@@ -78,10 +85,6 @@ CUDA = Extension(
         "csrc/cuda/graft.cu",
         "csrc/cuda/saliency_graft.cu",
     ],
-    depends=[
-        *HEADERS,
-        *(f"csrc/cuda/{name}.cuh" for name in ("block", "cells", "graft", "saliency")),
-    ],
     extra_compile_args=[
         *INCLUDES,
         f"-D{TARGET[0]}={TARGET[1]}",
@@ -111,13 +114,21 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
+def known_architectures() -> str:
+    """Those that this nvcc compiles for, as of TORCH_CUDA_ARCH_LIST; PTX is for newer ones."""
+    listed = subprocess.run([str(nvcc()), "--list-gpu-arch"], stdout=subprocess.PIPE, text=True)
+    known = listed.stdout.split()
+    # All where an nvcc lists none: it will say itself what is wrong.
+    found = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known] or ARCHITECTURES
+    return ";".join(found) + "+PTX"
+
+
 def wants_cuda() -> bool:
-    choice = os.environ.get("SG_KERNELS_CUDA", "auto")
-    if choice not in ("0", "1", "auto"):
-        raise SetupError(f"SG_KERNELS_CUDA must be 0, 1 or auto; got {choice!r}")
-    if choice == "1" and nvcc() is None:
+    if WANTED not in ("0", "1", "auto"):
+        raise SetupError(f"SG_KERNELS_CUDA must be 0, 1 or auto; got {WANTED!r}")
+    if WANTED == "1" and nvcc() is None:
         raise SetupError("SG_KERNELS_CUDA=1, but no nvcc is found: set CUDA_HOME or PATH")
-    return choice != "0" and nvcc() is not None and not SANITIZE
+    return WANTED != "0" and nvcc() is not None and not SANITIZE
 
 
 class BuildLibrary(build_ext):
@@ -126,26 +137,22 @@ class BuildLibrary(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
+    def run(self) -> None:
+        # One of an earlier build would be packed or loaded where this one makes none.
+        library = self.get_ext_filename(CUDA.name)
+        Path(self.build_lib, library).unlink(missing_ok=True)
+        if self.inplace:
+            Path(library).unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         if ext is not CUDA:
             super().build_extension(ext)
             return
         library = Path(self.get_ext_fullpath(ext.name))
-        newest = max(os.path.getmtime(path) for path in [*ext.sources, *ext.depends, __file__])
-        if library.exists() and library.stat().st_mtime > newest and not self.force:
-            return
         library.parent.mkdir(parents=True, exist_ok=True)
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-        self.spawn(
-            [
-                str(nvcc()),
-                *gencode(architectures),
-                *ext.extra_compile_args,
-                *ext.sources,
-                *ext.extra_link_args,
-                *("-o", str(library)),
-            ]
-        )
+        compiled = [str(nvcc()), *ext.extra_compile_args, *ext.sources, *ext.extra_link_args]
+        self.spawn([*compiled, "-o", str(library)])
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -155,7 +162,14 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+extensions = [CPU]
+if wants_cuda():
+    CUDA.optional = WANTED == "auto"
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_architectures()
+    CUDA.extra_compile_args += gencode(architectures)
+    extensions.append(CUDA)
+
 setup(
-    ext_modules=[CPU, CUDA] if wants_cuda() else [CPU],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
 )

@@ -1,6 +1,7 @@
 """What is timed side by side. A candidate that cannot run here is absent, with the reason."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import sg_kernels
 from benchmarks import rivals
-from benchmarks.cases import Case, Data, features_bytes, floor_bytes
+from benchmarks.cases import Case, Data, features_bytes, fill, floor_bytes
 from sg_kernels import backends, reference, rng
 
 Call = Callable[[], Any]
@@ -27,6 +28,8 @@ class Candidate(NamedTuple):
     """The floor of its bytes, where it does the work that the floor is counted for."""
     capturable: bool = True
     """False where it draws on the host: a graph would replay one draw, as one box of CutMix."""
+    compiled: bool = False
+    """By torch.compile."""
 
 
 COPY = "copy_ of the same bytes"
@@ -93,9 +96,8 @@ def images_bytes(case: Case) -> int:
 
 
 def empty_rows(case: Case, data: Data) -> Tensor:
-    # Random, so that its pages exist before the clock starts.
-    rows = reference.empty_rows(data.images, case.augmentations * len(data.images))
-    return rows.copy_(torch.rand_like(rows, dtype=torch.float32))
+    # Filled, so that its pages exist before the clock starts.
+    return fill(reference.empty_rows(data.images, case.augmentations * len(data.images)))
 
 
 @lru_cache
@@ -142,7 +144,7 @@ def compiled(device: str, quick: bool) -> list[Candidate]:
     if quick:  # traced and not compiled, which takes a second instead of ten
         modes = {"compiled reference": "quick"}
     return [
-        Candidate(name, partial(build_plain, mode=mode), floor_bytes)
+        Candidate(name, partial(build_plain, mode=mode), floor_bytes, compiled=True)
         for name, mode in modes.items()
     ]
 
@@ -157,7 +159,7 @@ def copies() -> list[Candidate]:
         sources += [images] * ((case.augmentations - 1) // 2)
         if case.augmentations % 2 == 0:
             sources.append(images[: images.numel() // 2])
-        pairs = [(random_like(source), source) for source in sources]
+        pairs = [(fill(torch.empty_like(source)), source) for source in sources]
 
         def call() -> None:
             for destination, source in pairs:
@@ -166,7 +168,7 @@ def copies() -> list[Candidate]:
         return call
 
     def images(case: Case, data: Data) -> Call:
-        return partial(random_like(data.images).copy_, data.images)
+        return partial(fill(torch.empty_like(data.images)).copy_, data.images)
 
     return [
         Candidate(COPY, same_bytes, floor_bytes),
@@ -174,10 +176,6 @@ def copies() -> list[Candidate]:
         Candidate("clone of the images", lambda case, data: data.images.clone, images_bytes),
         Candidate("sum of the features", lambda case, data: data.features.sum, features_bytes),
     ]
-
-
-def random_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor).copy_(torch.rand_like(tensor, dtype=torch.float32))
 
 
 def in_storage_order(tensor: Tensor) -> Tensor:
@@ -227,6 +225,11 @@ def timm(name: str, mode: str) -> Candidate:
 
 def torchvision(name: str) -> Candidate:
     def build(case: Case, data: Data) -> Call:
+        if torch.version.cuda is None:
+            # There are wheels for CUDA alone, whose own operators do not load then. This module
+            # describes them, and all that CutMix and MixUp call are PyTorch's.
+            described = "torchvision._meta_registrations"
+            sys.modules.setdefault(described, ModuleType(described))
         from torchvision.transforms import v2
 
         return partial(getattr(v2, name)(num_classes=case.num_classes), data.images, data.labels)
@@ -245,18 +248,19 @@ def kornia(name: str) -> Candidate:
 
 
 def attentive_cutmix(case: Case, data: Data) -> Call:
-    args = data.images, data.features, data.labels, case.num_classes
+    args = data.images.clone(), data.features, data.labels, case.num_classes
     return partial(rivals.attentive_cutmix, *args)
 
 
 def saliencymix(case: Case, data: Data, by_opencv: bool) -> Call:
     saliency = rivals.opencv_saliency if by_opencv else rivals.fine_grained_saliency
-    return partial(rivals.saliencymix, data.images, data.labels, case.num_classes, saliency)
+    args = data.images.clone(), data.labels, case.num_classes
+    return partial(rivals.saliencymix, *args, saliency)
 
 
 def saliencymixes() -> list[Candidate]:
     """By OpenCV; where that has no such function, also by what stands in for it."""
-    name, build = "SaliencyMix ({}, adapter)", partial(saliencymix, by_opencv=True)
+    name, build = "SaliencyMix ({}, adapter, in place)", partial(saliencymix, by_opencv=True)
     found = [Candidate(name.format("OpenCV"), build, capturable=False)]
     try:
         rivals.opencv_saliency(np.zeros((8, 8, 3), np.uint8))
@@ -282,7 +286,7 @@ def peers() -> list[Candidate]:
         torchvision("MixUp"),
         kornia("RandomCutMixV2"),
         kornia("RandomMixUpV2"),
-        Candidate("Attentive CutMix (adapter)", attentive_cutmix, capturable=False),
+        Candidate("Attentive CutMix (adapter, in place)", attentive_cutmix, capturable=False),
         *saliencymixes(),
         Candidate("PuzzleMix (gco, adapter)", puzzlemix, capturable=False),
     ]

@@ -15,6 +15,8 @@ class Case(NamedTuple):
     """(B, K, h, w); tokens are (B, N, K)."""
     num_classes: int = 10
     dtype: torch.dtype = torch.float32
+    features_dtype: torch.dtype | None = None
+    """That of the images, by default."""
     channels_last: bool = False
     token_grid: tuple[int, int] | None = None
     prefix_tokens: int = 0
@@ -25,8 +27,12 @@ class Case(NamedTuple):
     def shape(self) -> str:
         """As a table shows it."""
         images, features = ("x".join(map(str, extents)) for extents in (self.images, self.features))
-        kind = str(self.dtype).removeprefix("torch.") + " channels_last" * self.channels_last
-        return f"{images}, {features} {kind}"
+        of_images, of_features = (
+            str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.map_dtype)
+        )
+        if of_images != of_features:
+            images += f" {of_images}"
+        return f"{images}, {features} {of_features}" + " channels_last" * self.channels_last
 
     @property
     def options(self) -> dict[str, Any]:
@@ -42,6 +48,10 @@ class Case(NamedTuple):
     def map_size(self) -> tuple[int, int]:
         return self.token_grid or (self.features[2], self.features[3])
 
+    @property
+    def map_dtype(self) -> torch.dtype:
+        return self.features_dtype or self.dtype
+
 
 class Data(NamedTuple):
     """The inputs of a call."""
@@ -54,9 +64,11 @@ class Data(NamedTuple):
 
 
 def make_data(case: Case, device: str, seed_on_device: bool = False) -> Data:
-    # Random: pages of zeros may be one page that was never touched, and zeros draw less power.
-    images = torch.rand(case.images, device=device).to(case.dtype)
-    features = torch.randn(case.features, device=device).to(case.dtype)
+    images = fill(torch.empty(case.images, dtype=case.dtype, device=device))
+    # A gain a cell, or sums over many channels would make all maps flat: none is easier to cut up.
+    cells = (1, *case.map_size) if case.token_grid is None else (case.features[1], 1)
+    gain = torch.empty(case.features[0], *cells, device=device).exponential_()
+    features = torch.randn(case.features, device=device).mul_(gain).to(case.map_dtype)
     if case.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
         if features.dim() == 4:
@@ -64,6 +76,11 @@ def make_data(case: Case, device: str, seed_on_device: bool = False) -> Data:
     labels = torch.randint(case.num_classes, case.images[:1], device=device)
     seed = torch.randint(2**62, (1,), device=device) if seed_on_device else None
     return Data(images, features, labels, seed)
+
+
+def fill(tensor: Tensor) -> Tensor:
+    # Random: pages of zeros may be one page that was never touched, and zeros draw less power.
+    return tensor.uniform_() if tensor.is_floating_point() else tensor.random_(256)
 
 
 def floor_bytes(case: Case) -> int:
@@ -82,10 +99,11 @@ def features_bytes(case: Case) -> int:
     else:
         batch, _, channels = case.features
         h, w = case.token_grid
-    return batch * channels * h * w * case.dtype.itemsize
+    return batch * channels * h * w * case.map_dtype.itemsize
 
 
 BF16_LAST: dict[str, Any] = {"dtype": torch.bfloat16, "channels_last": True}
+UINT8: dict[str, Any] = {"dtype": torch.uint8, "features_dtype": torch.bfloat16}
 
 
 def wrn(name: str, batch: int = 128, channels: int = 640, **options: Any) -> Case:
@@ -117,7 +135,11 @@ TINY = Case("tiny", (2, 3, 8, 8), (2, 16, 4, 4))
 def paper(device: str, quick: bool) -> list[Case]:
     """The networks and data sets of the paper, a vision transformer and a spectrogram."""
     if quick:
-        return [TINY, TINY._replace(name="tiny-bf16-channels_last", **BF16_LAST)]
+        return [
+            TINY,
+            TINY._replace(name="tiny-bf16-channels_last", **BF16_LAST),
+            TINY._replace(name="tiny-uint8", **UINT8),
+        ]
     on_cuda = device == "cuda"
     cases = [
         wrn("wrn28-10"),
@@ -128,6 +150,7 @@ def paper(device: str, quick: bool) -> list[Case]:
         resnet50("resnet50-64-bf16-channels_last", 64, **BF16_LAST),
         resnet50("resnet50-64-channels_last", 64, channels_last=True),
         resnet50("resnet50-64-fp16", 64, dtype=torch.float16),
+        resnet50("resnet50-64-uint8", 64, **UINT8),
         Case(
             "vit-b16",
             (64, 3, 224, 224),

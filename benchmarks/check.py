@@ -1,22 +1,26 @@
 """Has a change made us slower? Ratios of today against those that are committed.
 
-    python -m benchmarks.check --calibrate 5    measures them in five processes and keeps them
+    python -m benchmarks.check --calibrate 8    measures them in eight processes and keeps them
     python -m benchmarks.check                  measures once, and fails where one has fallen
 
-Ratios, not times: both sides run on the same machine in the same minute. Above 1 ours is the
-faster. One has fallen when it is lower than the lowest of the calibration by more than the whole
-range of the calibration; processes differ from each other by more than rounds do.
+Ratios, not times: both sides run on the same machine in the same minute, that of the calibration.
+Above 1 ours is the faster. Processes differ from each other by more than rounds do, so a ratio of
+one process is held against those of several. One has fallen when it is below the prediction limit
+of their logarithms, as Student's t has it: with nothing changed a check of all ratios fails once in
+a hundred times at most, if the logarithms are normal. A library that is no longer there is listed
+and is no failure.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from scipy.stats import t as student
 
 from benchmarks import cases, results
 from benchmarks.candidates import (
@@ -30,10 +34,12 @@ from benchmarks.candidates import (
     stages,
 )
 from benchmarks.compare import Prepared, ratio_rows
-from benchmarks.measure import DeviceClock
-from benchmarks.results import Row, find, row_of
+from benchmarks.measure import DeviceClock, tqdm
+from benchmarks.results import Row, find, row_of, significant
 
-LOWEST, HIGHEST = "lowest of the runs", "highest of the runs"
+LEAST = "least accepted"
+FALSE_ALARMS = 0.01
+"""Of the checks of all ratios, with nothing changed: at most so many fail."""
 PEERS = ("timm CutMix, batch (in place)",)
 
 
@@ -45,6 +51,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="where they are kept")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.calibrate == 1:
+        parser.error("one run does not show how far runs differ")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds = 5 if options.quick else options.rounds
     path = options.results / f"{results.file_name(device)}-check.csv"
@@ -57,19 +65,20 @@ def main() -> None:
         results.write(path, results.describe_run(device), calibration(runs))
         print(f"wrote {path}")
     else:
+        advice = "run with --calibrate 8 on this machine first"
         if not path.exists():
-            sys.exit(f"{path} is missing: run with --calibrate 5 on this machine first")
+            sys.exit(f"{path} is missing: {advice}")
         run, kept = results.read(path)
         here = results.device_name(device)
         if run.device != here:
-            print(f"the ratios are of {run.device}; this is {here}")
+            sys.exit(f"{path} is of {run.device}, this is {here}: {advice}")
         fallen = verdicts(kept, [Row(*row) for row in fresh_process(rounds, options.quick)])
         sys.exit(1 if fallen else 0)
 
 
 @torch.no_grad()
 def measure(device: str, quick: bool, rounds: int) -> list[Row]:
-    """The ratios of both headline cases."""
+    """The ratios of both headline cases, and what is absent."""
     torch.manual_seed(0)
     np.random.seed(0)
     clock = DeviceClock() if device == "cuda" else None
@@ -87,6 +96,7 @@ def measure(device: str, quick: bool, rounds: int) -> list[Row]:
             samples, _ = prepared.device_times(clock, rounds)
         found = ratio_rows(case, samples, device, samples.keys())
         rows += [row for row in found if higher_is_better(row)]
+        rows += prepared.absent_rows({candidate.name for candidate in chosen})
     return rows
 
 
@@ -104,46 +114,50 @@ def fresh_process(rounds: int, quick: bool) -> list[Row]:
 
 
 def calibration(runs: list[list[Row]]) -> list[Row]:
-    """Of each ratio the median over the runs, the lowest and the highest."""
+    """Of each ratio that all runs have the median, and the least that a check accepts."""
+    found = [
+        (row, [find(run, row.case, row.candidate, row.figure) for run in runs]) for row in runs[0]
+    ]
+    common = [(row, [match.value for match in each]) for row, each in found if all(each)]
     rows = []
-    for row in runs[0]:
-        found = [find(run, row.case, row.candidate, row.figure) for run in runs]
-        values = np.array([match.value for match in found if match and match.value is not None])
+    for row, values in common:
         where = (row.case, row.shape, row.candidate)
-        rows.append(row_of(*where, row.figure, values, "x"))
-        for figure, value in ((LOWEST, values.min()), (HIGHEST, values.max())):
-            rows.append(
-                Row(*where, f"{row.figure}, {figure}", float(value), "x", rounds=len(values))
-            )
+        rows.append(row_of(*where, row.figure, np.array(values), "x"))
+        least = least_accepted(values, FALSE_ALARMS / len(common))
+        rows.append(Row(*where, f"{row.figure}, {LEAST}", significant(least), "x"))
     return rows
 
 
+def least_accepted(values: list[float], chance: float) -> float:
+    """What one more of them is below with that chance."""
+    logarithms, n = np.log(values), len(values)
+    margin = student.ppf(1 - chance, n - 1) * logarithms.std(ddof=1) * math.sqrt(1 + 1 / n)
+    return math.exp(logarithms.mean() - margin)
+
+
 def verdicts(kept: list[Row], today: list[Row]) -> list[Row]:
-    """Prints each ratio beside what was kept; the kept ones that have fallen or are gone."""
+    """Prints each ratio beside what was kept; the kept ones that have fallen, or that ours no
+    longer has."""
     fallen = []
     print(f"{'case':<10}{'candidate':<32}{'figure':<30}{'kept':>8}{'least':>8}{'today':>8}")
+    missing = {row.candidate: row.note for row in today if row.value is None}
     for row in kept:
-        low = find(kept, row.case, row.candidate, f"{row.figure}, {LOWEST}")
-        high = find(kept, row.case, row.candidate, f"{row.figure}, {HIGHEST}")
-        if low is None or high is None:
+        least = find(kept, row.case, row.candidate, f"{row.figure}, {LEAST}")
+        if least is None:
             continue
-        least = least_accepted(low.value, high.value)
         now = find(today, row.case, row.candidate, row.figure)
-        value = now.value if now else None
-        bad = value is None or value < least
-        shown = "gone" if value is None else f"{value:.2f}"
         print(
-            f"{row.case:<10}{row.candidate:<32}{row.figure:<30}{row.value:>8.2f}{least:>8.2f}"
-            f"{shown:>8}{'  FALLEN' if bad else ''}"
+            f"{row.case:<10}{row.candidate:<32}{row.figure:<30}{row.value:>8.2f}{least.value:>8.2f}",
+            end="",
         )
-        if bad:
+        if now is None and row.candidate in missing:
+            print(f"  absent: {missing[row.candidate]}")
+        elif now is None or now.value < least.value:
+            print("    gone" if now is None else f"{now.value:>8.2f}", " FALLEN")
             fallen.append(row)
+        else:
+            print(f"{now.value:>8.2f}")
     return fallen
-
-
-def least_accepted(lowest: float, highest: float) -> float:
-    # In proportion, as ratios are: 2 .. 4 accepts 1, and never a negative number.
-    return lowest * (lowest / highest)
 
 
 if __name__ == "__main__":

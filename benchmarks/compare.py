@@ -4,9 +4,9 @@
     python -m benchmarks.compare --quick    a smoke run on tiny shapes, whose numbers mean nothing
 
 Writes <machine>.csv, one row a figure; <machine>.md, the same as tables; and plots. All rows so far
-are written whenever there are more; what takes longest, compiling the reference, comes last. On
-CUDA where there is a device, else on the CPU. What cannot run is a row without a value that says
-why.
+are written whenever there are more; what takes longest, compiling the reference, comes last, and of
+a run that was stopped `python -m benchmarks.plots` draws what there is. On CUDA where there is a
+device, else on the CPU. What cannot run is a row without a value that says why.
 """
 
 import argparse
@@ -108,6 +108,8 @@ def measure_all(
             chosen = [*(ours(backend)[0] for backend in own_backends(device)), slow]
             measured = headline(case, chosen, device, clock, rounds, {slow.name})
             yield from guarded(case.name, measured)
+    for case in headlines:
+        yield from guarded(case.name, count(case, compiled(device, quick), device, clock))
 
 
 def guarded(section: str, measured: Iterable[list[Row]], grad: bool = False) -> Iterator[list[Row]]:
@@ -273,7 +275,9 @@ def ratio_rows(
 def copy_bandwidth(clock: DeviceClock) -> np.ndarray:
     """Bytes a nanosecond of a copy that no cache helps, read and written."""
     source = torch.rand_like(clock.ballast)
-    copy = Timed(partial(clock.ballast.copy_, source), busy=2)
+    # Several, so that what the events take does not count.
+    copies = [partial(clock.ballast.copy_, source)] * 8
+    copy = Timed(lambda: [copy() for copy in copies], len(copies), busy=2)
     times = np.array([clock(copy) for _ in range(15)][5:])
     clock.ballast.fill_(1.0)
     return 2 * source.numel() * source.element_size() / times
@@ -300,18 +304,19 @@ def count(
 ) -> Iterator[list[Row]]:
     """What does not depend on a clock."""
     prepared = Prepared(case, candidates, device)
-    counters: list[tuple[str, str, Callable[[Call], int]]] = [
-        ("operators per call", "", measure.count_operators)
-    ]
+    on_device: list[tuple[str, str, Callable[[Call], int]]] = []
     if clock is not None:
-        counters += [
+        on_device = [
             ("launches per call", "", measure.count_launches),
             ("host syncs per call", "", measure.count_syncs),
             ("peak memory beyond the outputs", "B", measure.device_memory_peak),
         ]
     for candidate in prepared.candidates:
         rows = []
-        for figure, unit, counted in counters:
+        operators = (
+            measure.count_operators_profiled if candidate.compiled else measure.count_operators
+        )
+        for figure, unit, counted in [("operators per call", "", operators), *on_device]:
             where = (case.name, case.shape, candidate.name, figure)
             try:
                 rows.append(Row(*where, counted(prepared.calls[candidate.name]), unit))

@@ -1,7 +1,9 @@
 """Saliency Grafting in two minutes: what it does to the test error of a small network, that the
 backends agree and how long they take, and a picture of what it makes of images.
 
-    python benchmarks/demo.py [--epochs 100] [--seeds 5] [--batch-norm] [--output picture.png]
+    python -m benchmarks.demo [--epochs 100] [--seeds 5] [--batch-norm] [--output picture.png]
+
+The test errors are kept in a CSV beside the picture.
 """
 
 import argparse
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from benchmarks import results
+from benchmarks.results import Row
 from sg_kernels import (
     GraftResult,
     SaliencyGraft,
@@ -99,8 +103,8 @@ def train(
     return 100 * wrong.float().mean().item(), features
 
 
-def compare_training(epochs: int, seeds: int, batch_norm: bool) -> nn.Module:
-    """Prints the test errors of both ways; returns the feature layers of the last grafted run."""
+def compare_training(epochs: int, seeds: int, batch_norm: bool) -> tuple[nn.Module, list[Row]]:
+    """Prints the test errors of both ways; the feature layers of the last grafted run, and rows."""
     errors: dict[bool, list[float]] = {False: [], True: []}
     with tqdm(total=2 * seeds * epochs, unit="epoch", desc="training") as progress:
         for seed in range(seeds):
@@ -111,12 +115,20 @@ def compare_training(epochs: int, seeds: int, batch_norm: bool) -> nn.Module:
         f"\nTest error on scikit-learn's digits, {TRAIN_IMAGES} training images, {epochs} epochs, "
         f"{seeds} seeds, mean and standard deviation:"
     )
-    for grafting, name in ((False, "plain"), (True, f"Saliency Grafting, prob={PROB}")):
+    shape, rows = f"{TRAIN_IMAGES}x1x8x8, {epochs} epochs, {seeds} seeds", []
+    for grafting, name, note in (
+        (False, "plain", ""),
+        (True, "Saliency Grafting", f"prob={PROB}"),
+    ):
         mean, each = statistics.mean(errors[grafting]), errors[grafting]
         spread = statistics.stdev(each) if seeds > 1 else 0.0
         values = " ".join(f"{error:.2f}" for error in each)
         print(f"  {name:<28}{mean:5.2f} % +- {spread:.2f}   ({values})")
-    return features
+        rows += [
+            Row("digits", shape, name, figure, results.significant(value), "%", note=note)
+            for figure, value in (("test error", mean), ("its standard deviation", spread))
+        ]
+    return features, rows
 
 
 def median_times(images: Tensor, features: Tensor, calls: int = 100) -> dict[str, float]:
@@ -267,7 +279,6 @@ def draw(panels: list[Panel], output: Path) -> None:
     labels = ("destination", "salient, but not drawn: destination", "salient and drawn: source")
     patches = [Patch(color=colour, label=label) for colour, label in zip(CELLS, labels)]
     figure.legend(handles=patches[::-1], loc="outside lower center", ncols=3, frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=105)
     plt.close(figure)
 
@@ -277,15 +288,19 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch-norm", action="store_true", help="of the network that is trained")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/demo.png")
+    parser.add_argument("--output", type=Path, help="the picture")
     arguments = parser.parse_args()
+    name = "demo-batch-norm" if arguments.batch_norm else "demo"
+    output = arguments.output or results.RESULTS / f"{name}.png"
 
     # On a busy machine, threads that wait for each other would drown all else.
     torch.set_num_threads(1)
-    features = compare_training(arguments.epochs, arguments.seeds, arguments.batch_norm)
+    run = results.describe_run("cpu")
+    features, rows = compare_training(arguments.epochs, arguments.seeds, arguments.batch_norm)
+    results.write(output.with_suffix(".csv"), run, rows)
     compare_backends()
-    draw([photographs(), handwriting(features)], arguments.output)
-    print(f"\nwrote {arguments.output}")
+    draw([photographs(), handwriting(features)], output)
+    print(f"\nwrote {output} and {output.with_suffix('.csv').name}")
 
 
 if __name__ == "__main__":

@@ -56,20 +56,20 @@ def stages(results: Path, dry: bool) -> list[list[Part]]:
         testing = {"TRITON_INTERPRET": "1", "SG_KERNELS_EMULATION": EMULATION}
         emulation = [Part("emulation", [PYTHON, "tests/emulation/build.py", EMULATION], 100)]
         few, few_of_triton, quick = ["--cases", "1"], ["--cases", "1"], ["-m", "not slow"]
-        measured = ["--quick"]
+        measured, limit = ["--quick"], float(DEADLINE)
     else:
         major, minor = torch.cuda.get_device_capability()
         building = {"SG_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}+PTX"}
         testing, emulation = {}, []
         few, few_of_triton, quick = [], ["--cases", "8"], []
-        measured = ["--rounds", "31"]
+        measured, limit = ["--rounds", "31"], 150.0
 
     def tests(name: str, *arguments: str, under: tuple[str, ...] = (), **more: str) -> Part:
         # A test that hangs says where; no plugins but the tests' own, whatever is installed.
         pytest = [PYTHON, "-m", "pytest", "-vv", "-p", "no:cacheprovider"]
         command = [*under, *pytest, "-o", "faulthandler_timeout=60", *arguments]
         alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-        return Part(name, command, 150, {**alone, **testing, **more})
+        return Part(name, command, limit, {**alone, **testing, **more})
 
     def shard(backend: str, i: int, count: int) -> Part:
         name = f"suite, {backend} {i + 1} of {count}"

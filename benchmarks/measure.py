@@ -1,14 +1,14 @@
 """The clocks and counters.
 
-Whoever is compared runs in turn, round by round, in an order that rotates and reverses, on data
-made alike; a ratio is the median of the rounds' own ratios. So a slow spell of the machine, a warm
-cache and a clock that ramps up meet all sides. What a call returns is freed outside of the timing.
+Whoever is compared runs in turn, round by round, in an order drawn anew for each, on data made
+alike; a ratio is the median of the rounds' own ratios. So a slow spell of the machine, a warm cache
+and a clock that ramps up meet all sides. What a call returns is freed outside of the timing.
 """
 
 import gc
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import cycle
 from time import perf_counter_ns
 from typing import Any, NamedTuple
@@ -19,7 +19,14 @@ from torch import cuda
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
+
+try:
+    from tqdm import tqdm
+except ImportError:  # no bar, then
+
+    def tqdm(rounds: Iterable[Any], **_: Any) -> Iterable[Any]:
+        return rounds
+
 
 Call = Callable[[], Any]
 Samples = dict[str, np.ndarray]
@@ -99,13 +106,13 @@ def interleave(
     warmup = max(2, rounds // 10)
     samples = {name: np.full(warmup + rounds, np.nan) for name in strides}
     names = list(strides)
+    # Drawn, so that nobody runs after the same neighbour always; seeded, so that runs are alike.
+    orders = np.random.default_rng(0)
     collecting = gc.isenabled()
     gc.disable()  # a collection would land on whichever candidate runs just then
     try:
         for i in tqdm(range(warmup + rounds), desc=title, leave=False):
-            order = np.roll(np.arange(len(names)), i).tolist()
-            # Reversed every other time, so that nobody runs after the same neighbour always.
-            for name in [names[j] for j in (order if i % 2 else order[::-1])]:
+            for name in [names[j] for j in orders.permutation(len(names))]:
                 if name in absent or i % strides[name]:
                     continue
                 try:
@@ -133,7 +140,7 @@ class DeviceClock:
     A candidate becomes a graph of several calls, which take turns with sets of inputs that together
     exceed the L2 three times over, and a replay is timed by a pair of events. Where it cannot be
     captured, as many calls are made. Before either, so much is queued that the host is ahead and no
-    gap of its own lies between the events.
+    gap of its own lies between the events: ``caught_up`` tells where that failed.
     """
 
     CALLS = 8
@@ -178,10 +185,14 @@ class DeviceClock:
                 cuda.synchronize()
                 why = reason(error)
         rotation = cycle(calls)
-        several = Timed(lambda: [next(rotation)() for _ in range(self.CALLS)], self.CALLS)
-        spent = self.CALLS * max(host(several) for _ in range(3))
-        busy = min(256, math.ceil(2 * spent / self.fill_ns) + 1)
-        return several._replace(busy=busy), f"{self.CALLS} calls behind a full queue: {why}"
+        for count, words in ((self.CALLS, f"{self.CALLS} calls"), (1, "1 call")):
+            several = Timed(lambda n=count: [next(rotation)() for _ in range(n)], count)
+            spent = count * max(host(several) for _ in range(3))
+            timed = several._replace(busy=min(256, math.ceil(2 * spent / self.fill_ns) + 1))
+            self(timed)
+            if not self.caught_up:
+                return timed, f"{words} behind a full queue: {why}"
+        return timed, f"{words}, for which the device waits at times: {why}"
 
     def _capture(self, calls: list[Call]) -> tuple[Timed, str]:
         sequence = calls * math.ceil(self.CALLS / len(calls))
@@ -202,6 +213,8 @@ class DeviceClock:
         self.fill(timed.busy)
         self.start.record()
         kept = timed.run()
+        # Of more launches than the driver queues, a thousand or so, the host gets no further ahead.
+        self.caught_up = self.start.query()
         self.end.record()
         cuda.synchronize()
         del kept
@@ -225,6 +238,16 @@ def count_operators(call: Call) -> int:
     with CountOps() as counted:
         call()
     return counted.count
+
+
+def count_operators_profiled(call: Call) -> int:
+    """The same of what is compiled, and under CountOps would run, and then stay, uncompiled."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    operators = [event for event in profiler.events() if "::" in event.name]
+    # Not those that an operator calls in turn.
+    return sum(event.cpu_parent not in operators for event in operators)
 
 
 def count_launches(call: Call) -> int:

@@ -3,8 +3,8 @@ outputs.
 
 Each candidate has a process of its own, where the kernel keeps the peak (VmHWM) and restarts it
 (clear_refs), so that whatever C++ allocates is seen. The kernel counts pages in batches: a reading
-is good to 128 KiB a CPU. copy_, which allocates nothing, shows the noise, and the reference that
-temporaries are seen.
+is good to 128 KiB a CPU. copy_, which allocates nothing, shows the noise, and the reference, eager
+and compiled, that temporaries are seen.
 """
 
 import ctypes
@@ -14,24 +14,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-import sg_kernels
-from benchmarks.cases import Data, headline, make_data
+from benchmarks.candidates import Call, build_plain
+from benchmarks.cases import Case, fill, headline, make_data
 from benchmarks.measure import reason
 from benchmarks.results import Row, absent, row_of
+from sg_kernels import available_backends, saliency_graft
 
 READINGS = 9
 FIGURE = "peak memory beyond the outputs"
+COMPILED = "compiled reference"
 
 
 def peak_memory(quick: bool) -> Iterator[list[Row]]:
     case = headline("cpu", quick)[-1]
-    names = ("copy_", *sg_kernels.available_backends())
+    names = ("copy_", *available_backends(), COMPILED)
     for name in names:
         where = (case.name, case.shape, name)
         try:
@@ -43,6 +45,7 @@ def peak_memory(quick: bool) -> Iterator[list[Row]]:
         yield [
             row_of(*where, f"{FIGURE}, {label}", np.array(readings, float), "KiB")
             for label, readings in (("first call", [first]), ("later calls", later))
+            if (name, label) != (COMPILED, "first call")  # which compiles
         ]
 
 
@@ -57,24 +60,29 @@ def fresh_process(name: str) -> list[int]:
 def probe(name: str, quick: bool) -> list[int]:
     """KiB beyond the outputs: of the first call at the shape, then of later ones."""
 
-    def call(data: Data, out: Tensor) -> tuple[Tensor | None, ...]:
+    def build(case: Case) -> Call:
+        """A call that returns what it has made anew."""
+        data = make_data(case, "cpu")
+        if name == COMPILED:
+            return build_plain(case, data, "quick" if quick else "default")
+        out = fill(torch.empty_like(data.images))
         if name == "copy_":
-            return (out.copy_(data.images),)
-        return sg_kernels.saliency_graft(data.images, data.features, out=out, backend=name)
+            return lambda: [out.copy_(data.images)][1:]
+        graft = partial(saliency_graft, data.images, data.features, out=out, backend=name)
+        return lambda: graft()[1:]
 
     def peak() -> int:
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
-    warm, measured = (make_data(case, "cpu") for case in headline("cpu", quick))
-    call(warm, torch.rand_like(warm.images))  # starts the threads and pages the code in
-    out = torch.rand_like(measured.images)
+    warm, call = (build(case) for case in headline("cpu", quick))
+    warm()  # starts the threads and pages the code in
     readings = []
     for _ in range(1 + READINGS):
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would not show
         Path("/proc/self/clear_refs").write_text("5")
         before = peak()
-        outputs = [output for output in call(measured, out)[1:] if output is not None]
+        outputs = [output for output in call() if output is not None]
         returned = sum(output.numel() * output.element_size() for output in outputs)
         readings.append(peak() - before - returned // 1024)
         del outputs

@@ -1,5 +1,9 @@
-"""What a run looks like: every candidate beside the floor, and how the cost grows."""
+"""What a run looks like: every candidate beside the floor, and how the cost grows.
 
+python -m benchmarks.plots FILE.csv    draws it anew, as of a run that was stopped
+"""
+
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from benchmarks import report
+from benchmarks import report, results
 from benchmarks.candidates import COPY
 from benchmarks.results import Row
 
@@ -135,3 +139,8 @@ def curve(panel: Axes, rows: Sequence[Row]) -> None:
 
 def size(row: Row) -> int:
     return int(row.case.partition("=")[2])
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        draw(results.read(Path(name))[1], Path(name))

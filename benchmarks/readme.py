@@ -1,4 +1,4 @@
-"""Keeps the figures of README.md's Performance section to those in benchmarks/results/.
+"""Keeps the figures of README.md to those in benchmarks/results/.
 
     python -m benchmarks.readme            rewrites them
     python -m benchmarks.readme --check    fails where rewriting would change them
@@ -8,33 +8,99 @@ A table stands between two markers, which name the CSV it is made from:
     <!-- benchmarks: cpu -->
     <!-- /benchmarks -->
 
-A figure in the prose stands between two others, which name its row: file, case, candidate, figure.
-It keeps the decimals that it is written with:
+That of the targets stands between <!-- targets --> and <!-- /targets -->. A figure in the prose
+stands between two others, which name its row: file, case, candidate, figure. It keeps the decimals
+that it is written with:
 
     <!-- cpu | tiny | cpp function | host time -->33 us<!-- / -->
 
-Any other number with a unit in that section is an error.
+Any other time, ratio, rate or share is an error, and in the Performance section any size too;
+elsewhere sizes are limits that the code has.
 """
 
 import argparse
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import results
 from benchmarks.candidates import COPY, copies, two_launches
+from benchmarks.memory import FIGURE as MEMORY
 from benchmarks.results import OVER_FLOOR, Row, Run, find
 
 README = results.RESULTS.parents[1] / "README.md"
 TABLE = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
+TARGET_TABLE = re.compile(r"(<!-- targets -->\n).*?(<!-- /targets -->)", re.DOTALL)
 FIGURE = re.compile(
     r"(<!-- ([^|>]+) \| ([^|>]+) \| ([^|>]+) \| ([^|>]+) -->)([^<]*)(<!-- / -->)", re.DOTALL
 )
-UNBACKED = re.compile(r"-?\d[\d.,]*\s?(?:x|ns|us|µs|ms|s|%|GB/s|TB/s|[KMG]i?B)(?!\w)")
+UNBACKED = re.compile(r"-?\d[\d.,]*\s?(?:x|ns|us|µs|ms|s|%|GB/s|TB/s)(?!\w)")
+SIZE = re.compile(r"-?\d[\d.,]*\s?[KMG]i?B(?![\w/])")
 BACKENDS = ("triton", "cuda", "cpp")
 FLOORS = (COPY, OVER_FLOOR.removeprefix("time / "))
 MOVES = [candidate.name for candidate in (*copies(), two_launches())]
+NO_ROW = "no such row"
 TIMES = {"device time": "device", "time": "", "host time": "host"}
+
+
+class Target(NamedTuple):
+    """What the project set out to reach."""
+
+    words: str
+    sense: str
+    """``at most`` or ``at least``."""
+    bound: float
+    rows: str
+    """As a marker names them: file, cases, candidate, figure."""
+
+    def line(self, directory: Path) -> str:
+        file, cases, candidate, figure = self.rows.split(" | ")
+        _, rows = results.read(directory / f"{file}.csv")
+        found = [find(rows, case, candidate, figure) for case in cases.split(" and ")]
+        if None in found:
+            return f"| {self.words} | {NO_ROW} |"
+        if self.sense == "at most":
+            met = all(row.value <= self.bound for row in found)
+        else:
+            met = all(row.value >= self.bound for row in found)
+        bound = f"{self.sense} {with_unit(f'{self.bound:g}', found[0].unit)}"
+        measured = ", ".join(f"{row.case}: {shown(row)}" for row in found)
+        return f"| {self.words} | {bound} | {measured} | {'met' if met else 'short'} |"
+
+
+BOTH = "cpu | cifar and imagenet"
+CELLS = 64 * 7 * 7  # of the case imagenet
+TARGETS = [
+    Target(
+        "`cpp` with `out=` / copy_ of the same bytes",
+        "at most",
+        1.3,
+        f"{BOTH} | cpp, out= | time / {COPY}",
+    ),
+    Target("eager reference / `cpp`", "at least", 8, f"{BOTH} | eager reference | time / cpp"),
+    Target(
+        "compiled reference / `cpp`", "at least", 3, f"{BOTH} | compiled reference | time / cpp"
+    ),
+    Target(
+        "`cpp`, one call with four augmentations / four calls",
+        "at most",
+        0.7,
+        "cpu | augmentations=4 | cpp | time / n calls of one",
+    ),
+    Target(
+        "`cpp`, peak memory beyond the outputs: 1 MiB and 8 bytes a cell",
+        "at most",
+        1024 + 8 * CELLS / 1024,
+        f"cpu | imagenet | cpp | {MEMORY}, later calls",
+    ),
+    Target(
+        "`triton`, host time of a call, its launcher stubbed",
+        "at most",
+        15,
+        "host | tiny | triton function, launcher stubbed | host time",
+    ),
+]
 
 
 def main() -> None:
@@ -64,23 +130,32 @@ def rewritten(text: str, directory: Path) -> str:
     def block(match: re.Match[str]) -> str:
         return match[1] + table(*results.read(directory / f"{match[2]}.csv"), match[2]) + match[3]
 
+    def targets(match: re.Match[str]) -> str:
+        lines = [target.line(directory) for target in TARGETS]
+        header = ["| target | | measured | |", "|---|---|---|---|"]
+        return match[1] + "\n".join([*header, *lines, ""]) + match[2]
+
     def figure(match: re.Match[str]) -> str:
         _, rows = results.read(directory / f"{match[2]}.csv")
         row = find(rows, *match.group(3, 4, 5))
         if row is None or row.value is None:
-            return f"{match[1]}no such row{match[7]}"
+            return f"{match[1]}{NO_ROW}{match[7]}"
         decimals = re.search(r"\.(\d+)", match[6])
         number = f"{row.value:.{len(decimals[1]) if decimals else 0}f}"
         return match[1] + with_unit(number, row.unit) + match[7]
 
-    return FIGURE.sub(figure, TABLE.sub(block, text))
+    return FIGURE.sub(figure, TARGET_TABLE.sub(targets, TABLE.sub(block, text)))
 
 
 def unbacked(text: str) -> list[str]:
-    """Numbers with a unit in the Performance section that no marker ties to a row."""
-    section = text.partition("\n## Performance\n")[2].partition("\n## ")[0]
-    prose = FIGURE.sub("", TABLE.sub("", section))
-    return [f"no row is named for: {match[0]}" for match in UNBACKED.finditer(prose)]
+    """Figures that no marker ties to a row, and markers that name none."""
+    prose = FIGURE.sub("", TARGET_TABLE.sub("", TABLE.sub("", text)))
+    performance = prose.partition("\n## Performance\n")[2].partition("\n## ")[0]
+    untied = [*UNBACKED.finditer(prose), *SIZE.finditer(performance)]
+    return [
+        *(f"no row is named for: {match[0]}" for match in untied),
+        *(f"{NO_ROW}: {line}" for line in text.splitlines() if NO_ROW in line),
+    ]
 
 
 def table(run: Run, rows: list[Row], name: str) -> str:
@@ -103,8 +178,8 @@ def table(run: Run, rows: list[Row], name: str) -> str:
     header = [f"{case}: {shapes[case]}" for case in cases]
     return "\n".join(
         [
-            f"{run.device}, {torch}, {run.date[:10]}, commit {run.commit}: medians of {rounds} "
-            f"interleaved rounds ([all figures](benchmarks/results/{name}.md)).{adapters}",
+            f"{run.device}, {torch}, {run.date[:10]}, commit {run.commit}: medians of up to "
+            f"{rounds} interleaved rounds ([all figures](benchmarks/results/{name}.md)).{adapters}",
             "",
             f"| | {' | '.join(header)} |",
             f"|---|{'---:|' * len(cases)}",
@@ -150,6 +225,8 @@ def code(candidate: str) -> str:
 
 
 def shown(row: Row) -> str:
+    if row.unit == "KiB":  # whole pages
+        return with_unit(f"{row.value:.0f}", row.unit)
     digits = 2 if row.unit == "x" else 3
     value = float(f"{row.value:.{digits}g}")
     decimals = max(0, digits - 1 - exponent(value))

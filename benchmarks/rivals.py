@@ -1,7 +1,8 @@
 """Saliency-guided mixups that no installable library computes, after the papers and the authors'
-way of computing them: image by image where they do, on the host where they do.
+way of computing them: image by image where they do, on the host where they do, in place where they
+do.
 
-Each takes and returns what a training loop would: images (B, C, H, W) and class ids (B,) in, new
+Each takes and returns what a training loop would: images (B, C, H, W) and class ids (B,) in, mixed
 images and soft targets (B, num_classes) out.
 """
 
@@ -23,7 +24,8 @@ def mix_labels(labels: Tensor, other: Tensor, lam: float | Tensor, num_classes: 
 def attentive_cutmix(
     images: Tensor, features: Tensor, labels: Tensor, num_classes: int, patches: int = 6
 ) -> Mixed:
-    """Walawalkar et al., ICASSP 2020: the most attended cells of another image are pasted in.
+    """Walawalkar et al., ICASSP 2020: the most attended cells of another image are pasted in, in
+    place.
 
     The attention is that of ``features``; the authors run a second, pretrained network for it.
     """
@@ -32,14 +34,17 @@ def attentive_cutmix(
     other = torch.randperm(batch, device=images.device)
     attention = features.abs().mean(1).flatten(1)
     chosen = attention[other].topk(min(patches, h * w), dim=1).indices.tolist()
-    out = images.clone()
+    # All are cut out before one is pasted: an image may give and take.
+    patches = []
     for row, (source, cells) in enumerate(zip(other.tolist(), chosen)):
         for cell in cells:
             y, x = cell // w * height, cell % w * width
-            patch = images[source, :, y : y + height, x : x + width]
-            out[row, :, y : y + height, x : x + width] = patch
+            box = slice(None), slice(y, y + height), slice(x, x + width)
+            patches.append((row, box, images[source][box].clone()))
+    for row, box, patch in patches:
+        images[row][box] = patch
     lam = 1 - len(chosen[0]) / (h * w)
-    return out, mix_labels(labels, other, lam, num_classes)
+    return images, mix_labels(labels, other, lam, num_classes)
 
 
 def fine_grained_saliency(image: np.ndarray) -> np.ndarray:
@@ -72,7 +77,7 @@ def opencv_saliency(image: np.ndarray) -> np.ndarray:
 def saliencymix(
     images: Tensor, labels: Tensor, num_classes: int, saliency: Callable[[np.ndarray], np.ndarray]
 ) -> Mixed:
-    """Uddin et al., ICLR 2021: a CutMix box around the most salient pixel.
+    """Uddin et al., ICLR 2021: a CutMix box around the most salient pixel, in place.
 
     As its authors do, one image of the batch decides where the box of all of them lies.
     """
@@ -83,39 +88,73 @@ def saliencymix(
     cut = np.sqrt(1 - np.random.beta(1.0, 1.0)) / 2
     top, bottom = (int(np.clip(y + s * cut * height, 0, height)) for s in (-1, 1))
     left, right = (int(np.clip(x + s * cut * width, 0, width)) for s in (-1, 1))
-    out = images.clone()
-    out[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
+    images[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
     lam = 1 - (bottom - top) * (right - left) / (height * width)
-    return out, mix_labels(labels, other, lam, num_classes)
+    return images, mix_labels(labels, other, lam, num_classes)
 
 
-def puzzlemix(images: Tensor, saliency: Tensor, labels: Tensor, num_classes: int) -> Mixed:
-    """Kim et al., ICML 2020: per pair, the mask of least cost by a graph cut on the host.
+def puzzlemix(
+    images: Tensor, saliency: Tensor, labels: Tensor, num_classes: int, blocks: int = 8
+) -> Mixed:
+    """Kim et al., ICML 2020: per pair, the mask of least cost by a graph cut on the host, with the
+    costs and constants of the authors' code.
 
-    ``saliency`` (B, h, w) is given; the authors take the gradient of the loss by the images, one
-    more backward pass. Their transport of the patches is left out too, so this is a lower bound.
+    They draw ``blocks`` a side anew for each batch, 2 to 16 in powers of two. ``saliency``
+    (B, h, w) is given, where they take the gradient of the loss by the images, one more backward
+    pass; their transport of the blocks is left out too. The cuts are made one after the other: they
+    offer to spread them over processes.
     """
     import gco
 
-    values, beta, gamma, eta, blocks = np.array([0.0, 0.5, 1.0]), 1.2, 0.5, 0.2, saliency.shape[1]
     batch, _, height, width = images.shape
     other = torch.randperm(batch, device=images.device)
     lam = np.random.beta(1.0, 1.0)
-    own = (saliency / saliency.sum((1, 2), keepdim=True)).float().cpu().numpy()
-    blurred = F.adaptive_avg_pool2d(images.float(), saliency.shape[1:])
-    means = blurred.mean(1).cpu().numpy()
-    prior = np.log(np.maximum([(1 - lam) ** 2, 2 * lam * (1 - lam), lam**2], 1e-6))
-    disagreement = (values[:, None] - values) ** 2
-    masks = []
-    for row, source in enumerate(other.tolist()):
-        here, there = own[row][..., None], own[source][..., None]
-        unary = -(values * here + (1 - values) * there) - eta * prior / blocks**2
-        vertical, horizontal = (
-            (beta + gamma * np.abs(np.diff(means[row], axis=axis))) / blocks**2 for axis in (0, 1)
+    pooled = min(4, width // blocks)
+    smoothness, locality, eta = 1.2 / blocks / 16, 0.5, 0.2
+
+    share = F.adaptive_avg_pool2d(saliency, blocks)
+    share = share / share.sum((1, 2), keepdim=True)
+    # What a block costs that shows its own image, and one that shows the other: what is not seen.
+    own, foreign = share[other], share.clone()
+    pixels = F.avg_pool2d(images.float(), pooled)
+    joints = []
+    for image, mine, theirs in ((pixels, own, foreign), (pixels.mT, own.mT, foreign.mT)):
+        pair, every = (image, image[other]), width // blocks // pooled
+        oo, of, fo, ff = (
+            smoothness * locality * seam(above, below, every) for above in pair for below in pair
         )
-        cut = gco.cut_grid_graph(unary, disagreement, vertical, horizontal, algorithm="swap")
-        masks.append(values[cut.reshape(own[row].shape)])
-    mask = torch.from_numpy(np.stack(masks)).to(images.device, images.dtype)[:, None]
-    kept = mask.float().mean((1, 2, 3))[:, None]
-    mask = F.interpolate(mask, (height, width), mode="nearest")
+        mine[:, :-1] += (oo + of) / 2
+        mine[:, 1:] += (oo + fo) / 2
+        theirs[:, :-1] += (ff + fo) / 2
+        theirs[:, 1:] += (ff + of) / 2
+        joints.append(smoothness + (of + fo - oo - ff) / 2)
+
+    steps = np.array([0.0, 0.5, 1.0])  # of the other image
+    chances = np.array([lam**2, 2 * lam * (1 - lam), (1 - lam) ** 2])
+    prior = -eta * np.log(chances + 1e-8) / blocks**2
+    disagreement = ((steps[:, None] - steps) ** 2).astype(np.float32)
+    mine, theirs = own.cpu().numpy()[..., None], foreign.cpu().numpy()[..., None]
+    unary = integers((1 - steps) * mine + steps * theirs + prior, blocks)
+    vertical, horizontal = (
+        integers(weights.cpu().numpy(), blocks) for weights in (joints[0], joints[1].mT)
+    )
+    masks = np.empty((batch, blocks, blocks), np.float32)
+    for i in range(batch):
+        cut = gco.cut_grid_graph(
+            unary[i], disagreement, vertical[i], horizontal[i], algorithm="swap"
+        )
+        masks[i] = 1 - steps[cut.reshape(blocks, blocks)]
+    mask = torch.from_numpy(masks).to(images.device)[:, None]
+    kept = mask.mean((1, 2, 3))[:, None]
+    mask = F.interpolate(mask.to(images.dtype), (height, width), mode="nearest")
     return mask * images + (1 - mask) * images[other], mix_labels(labels, other, kept, num_classes)
+
+
+def seam(above: Tensor, below: Tensor, every: int) -> Tensor:
+    """How far pixels differ across each border of two blocks, one image above it, one below."""
+    difference = above[:, :, every - 1 : -1 : every] - below[:, :, every::every]
+    return F.avg_pool2d(difference.abs().mean(1), (1, every))
+
+
+def integers(costs: np.ndarray, blocks: int) -> np.ndarray:
+    return (1000 * blocks**2 * costs).astype(np.int32)

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, cuda, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import sg_kernels
 from benchmarks.candidates import own_backends, timm_mixup
-from benchmarks.measure import reason, synchronize
+from benchmarks.measure import reason, synchronize, tqdm
 from benchmarks.results import Row, absent, row_of
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -173,8 +172,9 @@ def measure_steps(device: str, quick: bool, rounds: int) -> Iterator[list[Row]]:
             rows.append(absent(case, shape, name, "training step", reason(error)))
             del mixes[name]
     laps = {name: np.empty((rounds, 3)) for name in mixes}
+    orders = np.random.default_rng(0)
     for i in tqdm(range(rounds), desc="training step", leave=False):
-        for name in np.roll(list(mixes), i).tolist():
+        for name in orders.permutation(list(mixes)).tolist():
             laps[name][i] = step(mixes[name])
     for name, times in laps.items():
         whole, (clean, mixing, _) = times.sum(1), times.T

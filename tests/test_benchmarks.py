@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sg_kernels
@@ -26,6 +29,7 @@ from benchmarks import (  # noqa: E402
     compare,
     gpu,
     measure,
+    memory,
     readme,
     report,
     results,
@@ -72,7 +76,11 @@ def test_a_run_measures_every_section(quick_run):
     time = "device time" if torch.cuda.is_available() else "time"
     for case in ("cifar", "imagenet", "batch=2", "channels=8", "grid=2", "augmentations=2"):
         assert (case, time) in valued
-    assert ("cifar", "operators per call") in valued
+    for candidate in ("cpp", "eager reference", "compiled reference"):
+        assert results.find(rows, "imagenet", candidate, "operators per call")
+    if not torch.cuda.is_available():
+        for candidate in ("copy_", "reference", "compiled reference"):
+            assert results.find(rows, "imagenet", candidate, f"{memory.FIGURE}, later calls")
     assert ("tiny", "host time") in valued
     assert ("tiny ResNet", "training step") in valued
     assert not [row for row in rows if row.figure == "all"]  # no section failed
@@ -91,6 +99,15 @@ def test_what_cannot_run_is_absent_with_the_reason_and_never_zero(quick_run):
 def test_a_run_draws_its_plots(quick_run):
     for picture in ("*[!h].png", "*-growth.png"):
         assert next(quick_run.glob(picture)).stat().st_size > 10_000
+
+
+def test_plots_are_drawn_anew_from_the_csv_of_a_run_that_was_stopped(quick_run, tmp_path):
+    run, rows = results.read(next(quick_run.glob("*.csv")))
+    so_far = [row for row in rows if "=" not in row.case]
+    results.write(tmp_path / "part.csv", run, so_far)
+    command = [sys.executable, "-m", "benchmarks.plots", str(tmp_path / "part.csv")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (tmp_path / "part.png").stat().st_size > 10_000
 
 
 def test_a_check_accepts_what_its_calibration_measured(tmp_path, monkeypatch, capsys):
@@ -135,20 +152,27 @@ def test_the_floor_is_what_its_copy_moves(augmentations, channels_last):
     assert moved.total == floor
 
 
+def test_the_floor_counts_images_and_features_in_their_own_dtypes():
+    case = cases.Case("", (4, 3, 8, 8), (4, 16, 4, 4), **cases.UINT8)
+    assert cases.floor_bytes(case) == 2 * 4 * 16 * 4 * 4 + 2 * 4 * 3 * 8 * 8
+    assert case.shape == "4x3x8x8 uint8, 4x16x4x4 bfloat16"
+
+
 def test_the_floor_leaves_out_skipped_tokens():
     case = cases.Case("", (2, 3, 8, 8), (2, 5, 7), token_grid=(2, 2), prefix_tokens=1)
     assert cases.features_bytes(case) == 4 * 2 * 4 * 7
 
 
-def test_candidates_take_turns_in_an_order_that_changes():
+def test_candidates_take_turns_and_each_runs_after_each():
     calls = []
-    timed = {name: Timed(lambda name=name: calls.append(name)) for name in "abc"}
-    samples = measure.interleave(timed, 6, measure.wall, "", {})
-    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 6)
-    rounds = ["".join(calls[i : i + 3]) for i in range(6, len(calls), 3)]
-    assert {"".join(sorted(turn)) for turn in rounds} == {"abc"}
-    assert len(set(rounds)) >= 3
-    assert {turn[0] for turn in rounds} == set("abc")
+    timed = {name: Timed(lambda name=name: calls.append(name)) for name in "abcd"}
+    samples = measure.interleave(timed, 40, measure.wall, "", {})
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abcd", 40)
+    rounds = ["".join(calls[i : i + 4]) for i in range(8, len(calls), 4)]
+    assert {"".join(sorted(turn)) for turn in rounds} == {"abcd"}
+    followed = Counter(pair for turn in rounds for pair in pairwise(turn))
+    assert len(followed) == 4 * 3
+    assert max(followed.values()) < 2 * len(rounds) * 3 / len(followed)
 
 
 def test_a_candidate_that_fails_is_dropped_and_the_others_go_on():
@@ -184,6 +208,7 @@ class FakeCuda:
 
     def __init__(self, capture_fails=False):
         self.now, self.log, self.capture_fails, self.captured = 0.0, [], capture_fails, None
+        self.queue = 1024
         self.Event = lambda enable_timing: FakeEvent(self)
         self.CUDAGraph = SimpleNamespace
         self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
@@ -237,6 +262,10 @@ class FakeEvent:
     def record(self):
         self.at = self.cuda.now
         self.cuda.log.append("event")
+        self.behind = len(self.cuda.log)
+
+    def query(self):
+        return len(self.cuda.log) - self.behind > self.cuda.queue
 
     def elapsed_time(self, other):
         return other.at - self.at
@@ -317,6 +346,30 @@ def test_what_draws_on_the_host_is_not_captured(fake_cuda):
     timed, words = clock.prepare([lambda: fake_cuda.launch("call", 2e-3)], capturable=False)
     assert (timed.calls, "which a graph would freeze" in words) == (8, True)
     assert not any(candidate.capturable for candidate in candidates.peers())
+
+
+@pytest.mark.parametrize(
+    ("queue", "taken", "words"),
+    [(16, 8, "8 calls behind a full queue"), (15, 1, "1 call behind"), (1, 1, "waits at times")],
+)
+def test_what_overflows_the_queue_is_timed_by_itself_and_says_so(fake_cuda, queue, taken, words):
+    clock = measure.DeviceClock("cpu")
+    fake_cuda.queue = queue
+    two_launches = [lambda: [fake_cuda.launch(name, 1e-3) for name in "ab"]]
+    timed, how = clock.prepare(two_launches, capturable=False)
+    assert (timed.calls, words in how) == (taken, True)
+    assert clock(timed) == pytest.approx(2000)
+
+
+def test_the_copy_that_others_are_measured_by_is_timed_several_times_at_once(
+    fake_cuda, monkeypatch
+):
+    monkeypatch.setattr(torch.Tensor, "copy_", copying(fake_cuda))
+    clock = measure.DeviceClock("cpu")
+    fake_cuda.log.clear()
+    bandwidth = compare.copy_bandwidth(clock)
+    assert fake_cuda.log[:11] == ["fill", "event", *["copy"] * 8, "event"]
+    np.testing.assert_allclose(bandwidth, 2 * clock.ballast.nbytes / 1e6)
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
@@ -461,6 +514,8 @@ def test_a_run_that_is_killed_keeps_its_rows_and_a_quick_one_touches_no_results(
 def test_counters(fake_cuda):
     x = torch.rand(4)
     assert measure.count_operators(lambda: x.add(1).mul_(2)) == 2
+    # randint calls empty and random_, which are not counted.
+    assert measure.count_operators_profiled(lambda: torch.randint(9, (4,)).add(1)) == 2
     assert measure.count_launches(lambda: x.add(1)) == 0
     assert measure.device_memory_peak(lambda: x) == 700 - 100 - 200
 
@@ -498,9 +553,11 @@ def test_attentive_cutmix_pastes_the_most_attended_cells():
     features = torch.zeros(2, 5, 4, 4)
     features[:, :, 1, 2] = -9
     for _ in range(20):
-        mixed, targets = rivals.attentive_cutmix(images, features, labels, 2, patches=1)
+        given = images.clone()
+        mixed, targets = rivals.attentive_cutmix(given, features, labels, 2, patches=1)
         if not mixed.equal(images):
             break
+    assert mixed is given
     changed = (mixed != images).all(1)
     assert changed.sum() == 2 * 4
     assert changed[:, 2:4, 4:6].all()
@@ -517,9 +574,11 @@ def test_saliencymix_centres_its_box_on_the_peak(monkeypatch):
         return peak
 
     for _ in range(20):
-        mixed, targets = rivals.saliencymix(images, labels, 2, saliency)
+        given = images.clone()
+        mixed, targets = rivals.saliencymix(given, labels, 2, saliency)
         if not mixed.equal(images):
             break
+    assert mixed is given
     changed = (mixed != images).all(1)
     assert changed.sum() == 2 * 8 * 8
     assert changed[:, 2:10, 5:13].all()
@@ -551,6 +610,58 @@ def test_puzzlemix_keeps_what_is_salient():
             break
     assert mixed[0, 0, :, :8].mean() <= mixed[0, 0, :, 8:].mean()
     assert mixed[1, 0, :, :8].mean() <= mixed[1, 0, :, 8:].mean()
+
+
+def test_puzzlemix_cuts_by_the_costs_of_its_authors(monkeypatch):
+    """Of two by two blocks, each from one image: what is not seen, the prior, what joins badly."""
+    given = []
+    cut = SimpleNamespace(cut_grid_graph=lambda *args, **_: given.append(args) or np.zeros(4, int))
+    monkeypatch.setitem(sys.modules, "gco", cut)
+    monkeypatch.setattr(np.random, "beta", lambda a, b: 0.3)
+    monkeypatch.setattr(torch, "randperm", lambda n, device: torch.tensor([1, 0]))
+    # Large, so that how they join counts against what is lost when costs become integers.
+    images, saliency = 50 * torch.rand(2, 3, 8, 8), torch.rand(2, 2, 2)
+    mixed, targets = rivals.puzzlemix(images, saliency, torch.arange(2), 2, blocks=2)
+    assert_same_bits(mixed, images)
+    assert targets.tolist() == [[1, 0], [0, 1]]
+
+    unary, disagreement, vertical, horizontal = given[0]
+    share = saliency / saliency.sum((1, 2), keepdim=True)
+    pooled = torch.nn.functional.avg_pool2d(images, 4)
+    borders = [((0, x), (1, x)) for x in (0, 1)] + [((y, 0), (y, 1)) for y in (0, 1)]
+
+    def cost(shown):
+        of_blocks = sum(unary[y, x, 2 * z] for (y, x), z in shown.items())
+        weights = [*vertical.ravel(), *horizontal.ravel()]
+        return of_blocks + sum(
+            w * disagreement[2 * shown[a], 2 * shown[b]] for w, (a, b) in zip(weights, borders)
+        )
+
+    def expected(shown):
+        unseen = sum(share[(1 - z, *at)] for at, z in shown.items())
+        prior = sum(-0.2 * np.log((0.3, 0.7)[z] ** 2) / 4 for z in shown.values())
+        joints = 0.0
+        for a, b in borders:
+            difference = pooled[(shown[a], slice(None), *a)] - pooled[(shown[b], slice(None), *b)]
+            joints += 1.2 / 32 * ((shown[a] != shown[b]) + 0.5 * difference.abs().mean())
+        return 4000 * (unseen + prior + joints)
+
+    choices = [dict(zip(product((0, 1), repeat=2), chosen)) for chosen in product((0, 1), repeat=4)]
+    for shown in choices[1:]:
+        difference = expected(shown) - expected(choices[0])
+        assert cost(shown) - cost(choices[0]) == pytest.approx(float(difference), abs=8)
+
+
+def test_random_data_is_never_flat():
+    for options in ({}, {"features": (8, 17, 64), "token_grid": (4, 4), "prefix_tokens": 1}):
+        case = cases.Case("", (8, 3, 8, 8), (8, 64, 4, 4), dtype=torch.uint8)._replace(
+            features_dtype=torch.float32, **options
+        )
+        data = cases.make_data(case, "cpu")
+        assert len(data.images.unique()) > 200
+        tokens = {"token_grid": case.token_grid, "prefix_tokens": case.prefix_tokens}
+        saliency = sg_kernels.channel_saliency(data.features, **tokens).flatten(1)
+        assert (saliency.amax(1) > 2 * saliency.mean(1)).float().mean() > 0.7
 
 
 def test_a_csv_gives_back_its_rows(tmp_path):
@@ -585,21 +696,52 @@ Needs 3 GB.
 
 A call takes <!-- m | cifar | cpp | time -->0.0 ms<!-- / --> on 224x224.
 
+<!-- targets -->
+<!-- /targets -->
+
 ## Next
 
-In 5 ms.
+Of 8 KiB.
 """
 
 
 @pytest.fixture
-def committed(tmp_path):
+def committed(tmp_path, monkeypatch):
     rows = [
         row(candidate="floor", figure="bytes", value=8, unit="B"),
         row(candidate="eager reference", figure="time / cpp", value=7.48, unit="x", rounds=9),
         row(candidate="cpp", value=1.0763),
     ]
     results.write(tmp_path / "m.csv", RUN, rows)
+    eager = "m | cifar | eager reference | time / cpp"
+    targets = [
+        readme.Target("fast", "at least", 7, eager),
+        readme.Target("faster", "at least", 8, eager),
+        readme.Target("short", "at most", 1, "m | cifar | cpp | time"),
+    ]
+    monkeypatch.setattr(readme, "TARGETS", targets)
     return tmp_path
+
+
+def test_readme_says_of_each_target_whether_it_is_met(committed):
+    text = readme.rewritten(README, committed)
+    assert "| fast | at least 7x | cifar: 7.5x | met |" in text
+    assert "| faster | at least 8x | cifar: 7.5x | short |" in text
+    assert "| short | at most 1 ms | cifar: 1.08 ms | short |" in text
+
+
+def test_a_target_of_several_cases_is_met_in_all_or_short(tmp_path):
+    rows = [row(case, "cpp", "time", value, "ms") for case, value in (("a", 1.0), ("b", 3.0))]
+    results.write(tmp_path / "m.csv", RUN, rows)
+
+    def line(sense, bound, names):
+        return readme.Target("t", sense, bound, f"m | {names} | cpp | time").line(tmp_path)
+
+    assert line("at most", 2, "a and b") == "| t | at most 2 ms | a: 1.00 ms, b: 3.00 ms | short |"
+    assert line("at most", 3, "a and b").endswith("| met |")
+    assert line("at least", 1, "a and b").endswith("| met |")
+    assert line("at least", 2, "a and b").endswith("| short |")
+    assert readme.unbacked(line("at most", 2, "a and c")) != []
 
 
 def test_readme_figures_come_from_their_rows(committed):
@@ -620,6 +762,10 @@ def test_readme_figures_come_from_their_rows(committed):
         ("| cpp | time -->", "| triton | time -->"),
         ("on 224x224.", "on 224x224, 3x faster."),
         ("on 224x224.", "on 224x224, in 33 us."),
+        ("on 224x224.", "on 224x224, with 3 MB."),
+        ("Needs 3 GB.", "Needs 3 s."),
+        ("Of 8 KiB.", "Of 5 %."),
+        ("| short |\n", "| met |\n"),
     ],
 )
 def test_a_readme_figure_without_a_row_that_rounds_to_it_is_found(committed, right, wrong):
@@ -628,30 +774,78 @@ def test_a_readme_figure_without_a_row_that_rounds_to_it_is_found(committed, rig
     assert readme.problems(text.replace(right, wrong), committed) != []
 
 
+def test_a_readme_figure_whose_row_is_gone_is_found_though_it_was_rewritten(committed):
+    text = readme.rewritten(README.replace("| cpp | time -->", "| triton | time -->"), committed)
+    assert readme.problems(text, committed) != []
+
+
 def test_readme_states_no_figure_that_the_results_do_not():
     text = readme.README.read_text()
     assert "<!-- benchmarks: " in text
+    assert "<!-- targets -->" in text
     assert readme.problems(text, results.RESULTS) == []
 
 
-def test_a_ratio_has_fallen_when_it_leaves_the_calibrated_range_by_more_than_its_width():
+def test_a_check_of_unchanged_ratios_fails_once_in_a_hundred_times():
+    """Ten ratios whose runs differ by a tenth, checked as often as shows the share of failures."""
+    draw = np.random.default_rng(0)
+    failures = 0
+    for _ in range(2000):
+        runs = np.exp(0.1 * draw.standard_normal((10, 9)))
+        failures += any(
+            today < check.least_accepted(list(kept), check.FALSE_ALARMS / 10)
+            for *kept, today in runs
+        )
+    assert 0.004 < failures / 2000 < 0.018
+
+
+def test_a_ratio_has_fallen_when_chance_does_not_explain_it(capsys):
     figure = "time / cpp"
-    runs = [[row(figure=figure, value=value, unit="x")] for value in (4.0, 5.0, 4.4)]
+    runs = [[row(figure=figure, value=value, unit="x")] for value in (4.0, 5.0, 4.4, 4.5)]
     kept = check.calibration(runs)
-    assert [row.value for row in kept] == [4.4, 4.0, 5.0]
-    for value, accepted in ((9.0, True), (3.3, True), (3.1, False)):
+    assert kept[0].value == pytest.approx(4.45)
+    for value, accepted in ((9.0, True), (3.3, True), (2.8, False)):
         fallen = check.verdicts(kept, [row(figure=figure, value=value, unit="x")])
         assert (fallen == []) == accepted
-    assert check.verdicts(kept, []) != []
+        assert ("FALLEN" in capsys.readouterr().out) != accepted
+
+
+def test_a_library_that_is_absent_is_listed_and_one_of_ours_has_fallen(capsys):
+    runs = [[row("cifar", "timm", "time / cpp", value, "x")] for value in (4.0, 5.0)]
+    kept = check.calibration(runs)
+    absent = results.absent("cifar", "1x1", "timm", "time", "No module named 'timm'")
+    assert check.verdicts(kept, [absent]) == []
+    assert "absent: No module named 'timm'" in capsys.readouterr().out
+    assert check.verdicts(kept, []) == kept[:1]
+
+
+def test_a_check_refuses_the_calibration_of_another_machine(tmp_path, monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results.write(tmp_path / f"{results.file_name(device)}-check.csv", RUN, [row()])
+    monkeypatch.setattr(sys, "argv", ["check", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is of a machine, this is"):
+        check.main()
+
+
+def test_without_tqdm_the_clocks_still_run():
+    code = (
+        "import sys; sys.modules['tqdm'] = None\n"
+        "from benchmarks import measure, step\n"
+        "timed = {'a': measure.Timed(lambda: None)}\n"
+        "print(len(measure.interleave(timed, 3, measure.wall, '', {})['a']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == "3\n", run.stderr
 
 
 def test_every_operator_is_benchmarked(capsys):
     options = ["-k", "tiny", "--benchmark-disable", "-p", "no:cacheprovider"]
     assert pytest.main([str(ROOT / "benchmarks" / "bench_ops.py"), *options]) == 0
-    operators, layouts = 9, 2
+    operators, inputs, without_gradient = 9, 3, 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
     devices = [sg_kernels.backends.DEVICES[name] for name in sg_kernels.available_backends()]
-    passed = operators * layouts * sum(device in those for those in devices)
+    backends = sum(device in those for those in devices)
+    passed = (operators * inputs - without_gradient) * backends
     assert f"{passed} passed" in capsys.readouterr().out
 
 

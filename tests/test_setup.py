@@ -1,0 +1,130 @@
+"""What setup.py builds and packs, with compilers that only write down what they are asked."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("setuptools", "77")
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = "sg_kernels/libsg_kernels_cuda.so"
+NVCC = """#!/bin/sh
+if [ "$1" = --list-gpu-arch ]; then
+    printf 'compute_%s\\n' 80 90
+    exit
+fi
+echo "$@" > "$CUDA_HOME/arguments"
+for output; do :; done
+cp "$CUDA_HOME/library" "$output"
+"""
+
+
+class Tree:
+    """A copy of what is packed, beside an nvcc that knows sm_80 and sm_90."""
+
+    def __init__(self, path):
+        self.path, self.cuda = path / "tree", path / "cuda"
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        for name in ("csrc", "sg_kernels"):
+            shutil.copytree(ROOT / name, self.path / name, ignore=ignored)
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, self.path)
+        nvcc = self.cuda / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(NVCC)
+        nvcc.chmod(0o755)
+        self.works()
+
+    def works(self):
+        (self.cuda / "library").write_text("a library")
+
+    def fails(self):
+        (self.cuda / "library").unlink()
+
+    def setup(self, *arguments, **environment):
+        without = ("SG_KERNELS_", "TORCH_CUDA_ARCH_LIST")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(without)}
+        # The CPU's library is tested elsewhere.
+        compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), "true")
+        return subprocess.run(
+            [sys.executable, "setup.py", *arguments],
+            cwd=self.path,
+            env={**kept, **compilers, "CUDA_HOME": str(self.cuda), **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    def wheel(self, **environment):
+        """The files of the one wheel."""
+        process = self.setup("bdist_wheel", **environment)
+        assert process.returncode == 0, process.stderr
+        (wheel,) = (self.path / "dist").glob("*.whl")
+        assert "-py3-none-" in wheel.name
+        return zipfile.ZipFile(wheel).namelist()
+
+    def targets(self):
+        """What the library was last compiled for."""
+        words = (self.cuda / "arguments").read_text().split()
+        return [word.rpartition("=")[2] for word in words if word.startswith("-gencode")]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return Tree(tmp_path)
+
+
+def test_a_wheel_holds_the_second_library_only_if_it_is_wanted(tree):
+    assert LIBRARY in tree.wheel()
+    assert tree.targets() == ["sm_80", "sm_90", "compute_90"]
+    files = tree.wheel(SG_KERNELS_CUDA="0")
+    assert "sg_kernels/functional.py" in files
+    assert LIBRARY not in files
+
+
+def test_architectures_that_are_asked_for_are_taken_as_they_are(tree):
+    tree.wheel()
+    # Nothing but the list has changed.
+    assert LIBRARY in tree.wheel(TORCH_CUDA_ARCH_LIST="10.0+PTX")
+    assert tree.targets() == ["sm_100", "compute_100"]
+
+
+def test_an_nvcc_that_fails_is_warned_of_or_an_error_where_its_library_is_demanded(tree):
+    tree.wheel()
+    tree.fails()
+    process = tree.setup("bdist_wheel", SG_KERNELS_CUDA="1")
+    assert process.returncode != 0
+    assert LIBRARY not in tree.wheel()
+    process = tree.setup("build_ext")
+    assert 'building extension "sg_kernels.libsg_kernels_cuda" failed' in process.stderr
+
+
+def test_no_library_of_an_earlier_build_stays_in_place(tree):
+    library, arguments = tree.path / LIBRARY, ("build_ext", "--inplace", "--build-lib", "build/lib")
+    # Where the compiler leaves it.
+    cpu = tree.path / "build/lib/sg_kernels/libsg_kernels_cpu.so"
+    cpu.parent.mkdir(parents=True)
+    cpu.touch()
+    assert tree.setup(*arguments).returncode == 0
+    assert library.read_text() == "a library"
+    tree.fails()
+    assert tree.setup(*arguments).returncode == 0
+    assert not library.exists()
+    tree.works()
+    tree.setup(*arguments)
+    assert library.exists()
+    assert tree.setup(*arguments, SG_KERNELS_CUDA="0").returncode == 0
+    assert not library.exists()
+
+
+def test_an_old_setuptools_is_refused_in_one_line(tree, tmp_path):
+    old = tmp_path / "old" / "setuptools" / "__init__.py"
+    old.parent.mkdir(parents=True)
+    old.write_text("__version__ = '65.5.0'")
+    process = tree.setup("--version", PYTHONPATH=str(old.parents[1]))
+    assert process.returncode != 0
+    assert process.stderr == "setuptools is 65.5.0: pip install --upgrade 'setuptools>=77'\n"
