@@ -35,13 +35,13 @@ def attentive_cutmix(
     attention = features.abs().mean(1).flatten(1)
     chosen = attention[other].topk(min(patches, h * w), dim=1).indices.tolist()
     # All are cut out before one is pasted: an image may give and take.
-    patches = []
+    pasted = []
     for row, (source, cells) in enumerate(zip(other.tolist(), chosen)):
         for cell in cells:
             y, x = cell // w * height, cell % w * width
             box = slice(None), slice(y, y + height), slice(x, x + width)
-            patches.append((row, box, images[source][box].clone()))
-    for row, box, patch in patches:
+            pasted.append((row, box, images[source][box].clone()))
+    for row, box, patch in pasted:
         images[row][box] = patch
     lam = 1 - len(chosen[0]) / (h * w)
     return images, mix_labels(labels, other, lam, num_classes)
