@@ -97,6 +97,19 @@ def test_cells_that_end_within_a_chunk(width, columns, dtype):
         assert_same_bits(out, overload("graft", "reference")(images, mask, index))
 
 
+@pytest.mark.parametrize("source", ["features", "saliency"])
+@pytest.mark.parametrize("grid_size", [None, (2, 3), (6, 6)])
+def test_an_empty_batch_gives_empty_outputs_and_spends_a_step(backend, source, grid_size):
+    saliency = torch.rand(0, 5, 4, 4) if source == "features" else torch.rand(0, 4, 4)
+    graft = sg_kernels.SaliencyGraft(num_classes=7, grid_size=grid_size, backend=backend)
+    images, targets = torch.rand(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64)
+    mixed, labels = graft(images, targets, **{source: saliency})
+    assert (mixed.shape, labels.shape) == ((0, 3, 8, 8), (0, 7))
+    assert graft.result.mask.shape == (0, *(grid_size or (4, 4)))
+    assert graft.result.saliency.shape == (0, 4, 4)
+    assert graft.step.item() == 1
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2", "l2sq"])
 def test_an_infinite_norm_gives_the_area_ratio(backend, norm):
     saliency = torch.tensor([[[1.0, 0.1], [0.1, 0.1]], [[torch.inf, 1.0], [1.0, 1.0]]])

@@ -106,7 +106,7 @@ inline void copy_bytes(
     copy_steps<8>(to, from, bytes);
   else if (bytes >= 4)
     copy_steps<4>(to, from, bytes);
-  else
+  else if (bytes > 0)
     copy_steps<1>(to, from, bytes);
 }
 
@@ -468,7 +468,7 @@ void mix_targets(
 
 void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context& context) {
   const std::int64_t batch = inputs.images.batch, rows = outputs.images.batch;
-  if (inputs.ready_map != nullptr)
+  if (inputs.ready)
     cpu::check_map(inputs.ready_map, batch * inputs.map.cells(), outputs.saliency);
   else
     channel_saliency(inputs.features, inputs.features_type, outputs.saliency, context);

@@ -257,9 +257,10 @@ void channel_saliency(const Batch& features, float* map) {
   static const Version version = choose_version<T>();
   const Layout layout = layout_of(features, sizeof(T), version.lanes);
   const std::int64_t cells = features.height * features.width;
+  if (cells == 0) return;
   const std::int64_t items = items_per_sample(layout, cells);
   parallel_for(
-      features.batch * items, features.channels * cells / std::max<std::int64_t>(1, items),
+      features.batch * items, features.channels * cells / items,
       [&](std::int64_t begin, std::int64_t end) {
         version.sum(features, layout, begin, end, map);
       });

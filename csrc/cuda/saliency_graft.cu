@@ -138,7 +138,7 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
   saliency.type = inputs.features_type;
   saliency.partials = outputs.saliency;
   Maps maps{outputs.saliency, batch, map, grid_height, grid_width, 1, lanes_of(map, grid)};
-  if (inputs.ready_map != nullptr) {
+  if (inputs.ready) {
     saliency.plan = plan_given(map, grid, maps.lanes);
     saliency.given = maps;
     saliency.given.partials = inputs.ready_map;
