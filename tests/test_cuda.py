@@ -37,10 +37,18 @@ def saliency_graft(batch, grid_size=None, map_size=(4, 4), channels=6, **options
 
 
 @emulated
-@pytest.mark.parametrize("options", [{}, {"k": 3, "selection": "topk"}, {"grid_size": (2, 3)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 8},
+        {"batch": 8, "k": 3, "selection": "topk"},
+        {"batch": 8, "grid_size": (2, 3)},
+        {"batch": 1, "grid_size": (2, 2), "map_size": (8, 8), "channels": 4096},
+    ],
+)
 def test_a_small_batch_takes_one_launch(options):
     # The emulated device holds 12 blocks at once: 4 multiprocessors of 3.
-    assert launches(lambda: saliency_graft(8, **options)) == 1
+    assert launches(lambda: saliency_graft(**options)) == 1
 
 
 @emulated
@@ -52,6 +60,7 @@ def test_a_small_batch_takes_one_launch(options):
         {"batch": 16, "ready": True, "grid_size": (2, 2)},
         {"batch": 16, "targets": torch.arange(16), "num_classes": 16},
         {"batch": 16, "grid_size": (16, 16)},
+        {"batch": 16, "grid_size": (4, 4), "map_size": (64, 64)},
     ],
 )
 def test_a_larger_one_takes_two(options):
@@ -59,9 +68,11 @@ def test_a_larger_one_takes_two(options):
 
 
 @emulated
-@pytest.mark.parametrize("options", [{"map_size": (40, 40)}, {"map_size": (64, 64)}])
-def test_a_cell_of_many_values_takes_a_launch_more(options):
-    assert launches(lambda: saliency_graft(4, (4, 4), **options)) == 3
+@pytest.mark.parametrize("map_size", [(46, 45), (64, 64)])
+def test_a_cell_of_many_values_takes_a_launch_more(map_size):
+    # 32 threads share a cell's values, and add up to 64 each.
+    assert launches(lambda: saliency_graft(4, (1, 1), map_size)) == 3
+    assert launches(lambda: saliency_graft(16, (2, 1), map_size)) == 2
 
 
 @emulated

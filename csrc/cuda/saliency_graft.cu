@@ -11,7 +11,7 @@ namespace cuda {
 namespace {
 
 // Up to so many cells each block of launch 2 works out its row's mask on the way; finer grids, and
-// cells that are the sum of more values than kMaxTerms, are worked out once a row in a launch
+// cells of which a thread adds more values than kMaxTerms, are worked out once a row in a launch
 // before the graft.
 constexpr std::int64_t kMaxCells = 1024;
 constexpr std::int64_t kMaxTerms = 64;
@@ -160,8 +160,9 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
 
   GraftWork graft{inputs, outputs,   maps,   plan_tile(inputs.images, outputs.images, grid, false),
                   1,      call_seed, nullptr};
-  const std::int64_t sums = maps.splits * ceil_div(maps.map.cells(), grid.cells());
-  const bool at_once = grid.cells() <= kMaxCells && sums <= kMaxTerms;
+  const std::int64_t terms =
+      maps.splits * ceil_div(maps.map.cells(), grid.cells() * std::int64_t{maps.lanes});
+  const bool at_once = grid.cells() <= kMaxCells && terms <= kMaxTerms;
   if (!at_once)
     graft.grids = static_cast<float*>(context.scratch(2 * rows * grid.cells() * 4));
   else if (rows > 0)
