@@ -1,6 +1,7 @@
 """csrc/cuda: its launches, counted in the emulation, and what its library needs of torch."""
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -73,6 +74,26 @@ def test_a_cell_of_many_values_takes_a_launch_more(map_size):
     # 32 threads share a cell's values, and add up to 64 each.
     assert launches(lambda: saliency_graft(4, (1, 1), map_size)) == 3
     assert launches(lambda: saliency_graft(16, (2, 1), map_size)) == 2
+
+
+@emulated
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("map_size", [(7, 7), (40, 40)])
+@pytest.mark.parametrize("augmentations", [1, 2])
+def test_a_call_holds_8_bytes_a_cell_and_little_else(tmp_path, ready, map_size, augmentations):
+    images, seed = torch.rand(2, 1, 40, 40), torch.tensor([1])
+    shape = (2, *map_size) if ready else (2, 3, *map_size)
+    options = {"saliency" if ready else "features": torch.rand(shape), "grid_size": (40, 40)}
+    options |= {"augmentations": augmentations, "keep_prob": 0.5, "seed": seed, "backend": "cuda"}
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = sg_kernels.saliency_graft(images, **options)
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    memory = [event["args"] for event in events if event["name"] == "[memory]"]
+    before = memory[0]["Total Allocated"] - memory[0]["Bytes"]
+    kept = sum(output.nbytes for output in result if output is not None)
+    peak = max(event["Total Allocated"] for event in memory) - before
+    assert kept < peak <= kept + 8 * result.mask.numel() + 64
 
 
 @emulated
