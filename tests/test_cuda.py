@@ -118,6 +118,15 @@ def test_splits_change_nothing_but_rounding(batch):
 
 
 @emulated
+def test_every_part_of_a_row_is_of_one_mask():
+    images, saliency = random_bits((3, 3, 64, 64), torch.float32), torch.rand(3, 16, 16)
+    options = {"saliency": saliency, "keep_prob": 0.5, "seed": 1, "backend": "cuda"}
+    result = sg_kernels.saliency_graft(images, **options)
+    grafted = overload("graft", "reference")(images, result.mask, result.index)
+    assert_same_bits(result.images, grafted)
+
+
+@emulated
 @pytest.mark.parametrize("width", [8, 15, 24, 32, 64])
 @pytest.mark.parametrize("columns", [1, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])

@@ -145,7 +145,6 @@ __device__ void sum_planes(
         sum += sums[g * of_group + plane * cells + cell];
     partial[begin + cell] = sum;
   }
-  __syncthreads();
 }
 
 template <class T, int kLanes>
