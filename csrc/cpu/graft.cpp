@@ -305,26 +305,41 @@ std::vector<std::vector<Contribution>> contributions(
   return lists;
 }
 
+// Calls body(i, offset) for each number of the pixels [begin, end) of a line: its place among the
+// line's numbers, and its bytes'.
+template <class T, class Body>
+void for_each_number(
+    std::int64_t begin, std::int64_t end, std::int64_t numbers, std::int64_t stride,
+    const Body& body) {
+  constexpr std::int64_t kSize = sizeof(T);
+  if (stride == numbers * kSize) {  // one loop, of which the compiler makes vectors
+    for (std::int64_t i = begin * numbers; i < end * numbers; ++i) body(i, i * kSize);
+    return;
+  }
+  for (std::int64_t x = begin; x < end; ++x)
+    for (std::int64_t n = 0; n < numbers; ++n) body(x * numbers + n, x * stride + n * kSize);
+}
+
 // Pixels of `numbers` numbers each; the stride between pixels is in bytes.
 template <class T, class Sum>
 void add_pixels(
-    Sum* sums, const char* line, std::int64_t stride, std::int64_t numbers, const Run& run) {
-  for (std::int64_t x = run.begin; x < run.end; ++x)
-    for (std::int64_t n = 0; n < numbers; ++n) {
-      T value;
-      std::memcpy(&value, line + x * stride + n * sizeof(T), sizeof(T));
-      sums[x * numbers + n] += static_cast<Sum>(value);
-    }
+    Sum* __restrict sums, const char* __restrict line, std::int64_t stride, std::int64_t numbers,
+    const Run& run) {
+  for_each_number<T>(run.begin, run.end, numbers, stride, [=](std::int64_t i, std::int64_t offset) {
+    T value;
+    std::memcpy(&value, line + offset, sizeof(T));
+    sums[i] += static_cast<Sum>(value);
+  });
 }
 
 template <class T, class Sum>
 void store_pixels(
-    const Sum* sums, char* line, std::int64_t stride, std::int64_t numbers, std::int64_t width) {
-  for (std::int64_t x = 0; x < width; ++x)
-    for (std::int64_t n = 0; n < numbers; ++n) {
-      const T value = static_cast<T>(sums[x * numbers + n]);
-      std::memcpy(line + x * stride + n * sizeof(T), &value, sizeof(T));
-    }
+    const Sum* __restrict sums, char* __restrict line, std::int64_t stride, std::int64_t numbers,
+    std::int64_t width) {
+  for_each_number<T>(0, width, numbers, stride, [=](std::int64_t i, std::int64_t offset) {
+    const T value = static_cast<T>(sums[i]);
+    std::memcpy(line + offset, &value, sizeof(T));
+  });
 }
 
 // Adds in Sum, in the order of the list, and rounds once.
