@@ -128,6 +128,7 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
   const Divisor grid_height(static_cast<std::int32_t>(grid.height));
   const Divisor grid_width(static_cast<std::int32_t>(grid.width));
 
+  const Tile tile = plan_tile(inputs.images, outputs.images, grid, false);
   SaliencyWork saliency{};
   saliency.features = inputs.features;
   saliency.features.batch = batch;
@@ -143,7 +144,9 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
       maps = {saliency.grid, batch, grid, grid_height, grid_width, 1, 1};
     }
   } else {
-    saliency.plan = plan_saliency(inputs.features);
+    // Where the graft is too large for one launch, the first has the device for itself.
+    const bool large = rows * tile.tiles > std::int64_t{kLargeBlocksPerSm} * multiprocessors();
+    saliency.plan = plan_saliency(inputs.features, large ? kBlocksPerSm : kLargeBlocksPerSm);
     maps.splits = saliency.plan.splits;
     if (maps.splits > 1)
       maps.partials = saliency.partials =
@@ -157,14 +160,12 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
   const std::int64_t terms =
       maps.splits * ceil_div(maps.map.cells(), grid.cells() * std::int64_t{maps.lanes});
   const bool at_once = grid.cells() <= kMaxCells && terms <= kMaxTerms;
-  GraftWork graft{
-      inputs,  outputs, maps,      plan_tile(inputs.images, outputs.images, grid, false),
-      at_once, 1,       call_seed, nullptr};
+  GraftWork graft{inputs, outputs, maps, tile, at_once, 1, call_seed, nullptr};
   if (!at_once && !maps.on_grid())
     graft.grids = static_cast<float*>(context.scratch(2 * rows * grid.cells() * 4));
   if (at_once && rows > 0)
     graft.parts = static_cast<std::int32_t>(std::clamp<std::int64_t>(
-        2 * kBlocksPerSm * multiprocessors() / rows, 1, std::max(1, graft.tile.tiles)));
+        2 * kBlocksPerSm * multiprocessors() / rows, 1, std::max(1, tile.tiles)));
 
   // One at least, so that the step advances for an empty batch too.
   const std::int64_t blocks = std::max<std::int64_t>(1, graft.tasks());
