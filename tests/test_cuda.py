@@ -69,11 +69,20 @@ def test_a_larger_one_takes_two(options):
 
 
 @emulated
-@pytest.mark.parametrize("map_size", [(46, 45), (64, 64)])
-def test_a_cell_of_many_values_takes_a_launch_more(map_size):
-    # 32 threads share a cell's values, and add up to 64 each.
-    assert launches(lambda: saliency_graft(4, (1, 1), map_size)) == 3
-    assert launches(lambda: saliency_graft(16, (2, 1), map_size)) == 2
+@pytest.mark.parametrize(
+    ("grid_size", "map_size", "expected"),
+    [
+        # 32 threads share a cell's values, and add up to 64 each.
+        ((1, 1), (64, 32), 2),
+        ((1, 1), (46, 45), 3),
+        # Of a block there are 256, for 64 of 128 x 128 values each.
+        ((8, 8), (128, 128), 2),
+        ((8, 8), (129, 128), 3),
+        ((16, 16), (200, 200), 3),
+    ],
+)
+def test_a_map_of_many_values_takes_a_launch_more(grid_size, map_size, expected):
+    assert launches(lambda: saliency_graft(16, grid_size, map_size, channels=1)) == expected
 
 
 @emulated

@@ -11,7 +11,7 @@ namespace cuda {
 namespace {
 
 // Up to so many cells each block of launch 2 works out its row's mask on the way; finer grids, and
-// cells of which a thread adds more values than kMaxTerms, are worked out once a row in a launch
+// those for which a thread adds more values than kMaxTerms, are worked out once a row in a launch
 // before the graft.
 constexpr std::int64_t kMaxCells = 1024;
 constexpr std::int64_t kMaxTerms = 64;
@@ -157,8 +157,9 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
                       inputs.given_index, outputs.index, call_seed};
   saliency.pairing_tasks = saliency.pairing.tasks(batch);
 
-  const std::int64_t terms =
-      maps.splits * ceil_div(maps.map.cells(), grid.cells() * std::int64_t{maps.lanes});
+  const std::int64_t terms = maps.splits *
+                             ceil_div(ceil_div(maps.map.cells(), grid.cells()), maps.lanes) *
+                             ceil_div(grid.cells() * maps.lanes, kThreads);
   const bool at_once = grid.cells() <= kMaxCells && terms <= kMaxTerms;
   GraftWork graft{inputs, outputs, maps, tile, at_once, 1, call_seed, nullptr};
   if (!at_once && !maps.on_grid())
