@@ -381,6 +381,7 @@ void sum_contributions(
     }
   };
   const std::int64_t bytes = out.channels * out.height * out.width * out.element;
+  if (bytes == 0) return;  // then the mask may have no cells
   parallel_for(out.batch * grid.height, bytes / grid.height, sum_bands);
 }
 
