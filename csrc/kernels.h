@@ -54,7 +54,8 @@ struct Targets {
 
 struct Inputs {
   Batch images;
-  Batch features;  // without data where there is a ready map
+  bool ready;  // the saliency is ready_map, not the sum of features
+  Batch features;
   Float features_type;
   const float* ready_map;
   Grid map, grid;

@@ -351,6 +351,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
   const Tensor mixed = empty(images, {rows, source.classes}, aoti_torch_dtype_float32());
   sg_kernels::saliency_graft(
       {batch_of(images),
+       ready.has_value(),
        ready ? Batch{} : batch_of(*features),
        ready ? Float{} : float_of(*features, "features"),
        ready ? data_of<float>(*ready) : nullptr,

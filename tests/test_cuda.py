@@ -1,6 +1,7 @@
 """csrc/cuda: its launches, counted in the emulation, and what its library needs of torch."""
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -37,10 +38,18 @@ def saliency_graft(batch, grid_size=None, map_size=(4, 4), channels=6, **options
 
 
 @emulated
-@pytest.mark.parametrize("options", [{}, {"k": 3, "selection": "topk"}, {"grid_size": (2, 3)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 8},
+        {"batch": 8, "k": 3, "selection": "topk"},
+        {"batch": 8, "grid_size": (2, 3)},
+        {"batch": 1, "grid_size": (2, 2), "map_size": (8, 8), "channels": 4096},
+    ],
+)
 def test_a_small_batch_takes_one_launch(options):
     # The emulated device holds 12 blocks at once: 4 multiprocessors of 3.
-    assert launches(lambda: saliency_graft(8, **options)) == 1
+    assert launches(lambda: saliency_graft(**options)) == 1
 
 
 @emulated
@@ -52,6 +61,7 @@ def test_a_small_batch_takes_one_launch(options):
         {"batch": 16, "ready": True, "grid_size": (2, 2)},
         {"batch": 16, "targets": torch.arange(16), "num_classes": 16},
         {"batch": 16, "grid_size": (16, 16)},
+        {"batch": 16, "grid_size": (4, 4), "map_size": (64, 64)},
     ],
 )
 def test_a_larger_one_takes_two(options):
@@ -59,9 +69,40 @@ def test_a_larger_one_takes_two(options):
 
 
 @emulated
-@pytest.mark.parametrize("options", [{"map_size": (40, 40)}, {"map_size": (64, 64)}])
-def test_a_cell_of_many_values_takes_a_launch_more(options):
-    assert launches(lambda: saliency_graft(4, (4, 4), **options)) == 3
+@pytest.mark.parametrize(
+    ("grid_size", "map_size", "expected"),
+    [
+        # 32 threads share a cell's values, and add up to 64 each.
+        ((1, 1), (64, 32), 2),
+        ((1, 1), (46, 45), 3),
+        # Of a block there are 256, for 64 of 128 x 128 values each.
+        ((8, 8), (128, 128), 2),
+        ((8, 8), (129, 128), 3),
+        ((16, 16), (200, 200), 3),
+    ],
+)
+def test_a_map_of_many_values_takes_a_launch_more(grid_size, map_size, expected):
+    assert launches(lambda: saliency_graft(16, grid_size, map_size, channels=1)) == expected
+
+
+@emulated
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("map_size", [(7, 7), (40, 40)])
+@pytest.mark.parametrize("augmentations", [1, 2])
+def test_a_call_holds_8_bytes_a_cell_and_little_else(tmp_path, ready, map_size, augmentations):
+    images, seed = torch.rand(2, 1, 40, 40), torch.tensor([1])
+    shape = (2, *map_size) if ready else (2, 3, *map_size)
+    options = {"saliency" if ready else "features": torch.rand(shape), "grid_size": (40, 40)}
+    options |= {"augmentations": augmentations, "keep_prob": 0.5, "seed": seed, "backend": "cuda"}
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = sg_kernels.saliency_graft(images, **options)
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    memory = [event["args"] for event in events if event["name"] == "[memory]"]
+    before = memory[0]["Total Allocated"] - memory[0]["Bytes"]
+    kept = sum(output.nbytes for output in result if output is not None)
+    peak = max(event["Total Allocated"] for event in memory) - before
+    assert kept < peak <= kept + 8 * result.mask.numel() + 64
 
 
 @emulated
@@ -86,6 +127,15 @@ def test_splits_change_nothing_but_rounding(batch):
 
 
 @emulated
+def test_every_part_of_a_row_is_of_one_mask():
+    images, saliency = random_bits((3, 3, 64, 64), torch.float32), torch.rand(3, 16, 16)
+    options = {"saliency": saliency, "keep_prob": 0.5, "seed": 1, "backend": "cuda"}
+    result = sg_kernels.saliency_graft(images, **options)
+    grafted = overload("graft", "reference")(images, result.mask, result.index)
+    assert_same_bits(result.images, grafted)
+
+
+@emulated
 @pytest.mark.parametrize("width", [8, 15, 24, 32, 64])
 @pytest.mark.parametrize("columns", [1, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
@@ -95,6 +145,19 @@ def test_cells_that_end_within_a_chunk(width, columns, dtype):
     for layout in (images, images.contiguous(memory_format=torch.channels_last)):
         out = overload("graft", "cuda")(layout, mask, index)
         assert_same_bits(out, overload("graft", "reference")(images, mask, index))
+
+
+@pytest.mark.parametrize("source", ["features", "saliency"])
+@pytest.mark.parametrize("grid_size", [None, (2, 3), (6, 6)])
+def test_an_empty_batch_gives_empty_outputs_and_spends_a_step(backend, source, grid_size):
+    saliency = torch.rand(0, 5, 4, 4) if source == "features" else torch.rand(0, 4, 4)
+    graft = sg_kernels.SaliencyGraft(num_classes=7, grid_size=grid_size, backend=backend)
+    images, targets = torch.rand(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64)
+    mixed, labels = graft(images, targets, **{source: saliency})
+    assert (mixed.shape, labels.shape) == ((0, 3, 8, 8), (0, 7))
+    assert graft.result.mask.shape == (0, *(grid_size or (4, 4)))
+    assert graft.result.saliency.shape == (0, 4, 4)
+    assert graft.step.item() == 1
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "l2sq"])

@@ -57,6 +57,12 @@ def test_every_batch_size(backend, batch, layout):
     torch.testing.assert_close(channel_saliency(features, backend=backend), features.abs().sum(1))
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_map_without_cells_has_no_sums(backend, channels):
+    features = torch.zeros(2, 1, 1, 0).expand(2, channels, 1, 0)
+    assert channel_saliency(features, backend=backend).shape == (2, 1, 0)
+
+
 def test_no_channels_sum_to_zero(backend, poisoned):
     assert not channel_saliency(torch.zeros(2, 0, 3, 3), backend=backend).any()
 

@@ -106,7 +106,7 @@ inline void copy_bytes(
     copy_steps<8>(to, from, bytes);
   else if (bytes >= 4)
     copy_steps<4>(to, from, bytes);
-  else
+  else if (bytes > 0)
     copy_steps<1>(to, from, bytes);
 }
 
@@ -305,26 +305,41 @@ std::vector<std::vector<Contribution>> contributions(
   return lists;
 }
 
+// Calls body(i, offset) for each number of the pixels [begin, end) of a line: its place among the
+// line's numbers, and its bytes'.
+template <class T, class Body>
+void for_each_number(
+    std::int64_t begin, std::int64_t end, std::int64_t numbers, std::int64_t stride,
+    const Body& body) {
+  constexpr std::int64_t kSize = sizeof(T);
+  if (stride == numbers * kSize) {  // one loop, of which the compiler makes vectors
+    for (std::int64_t i = begin * numbers; i < end * numbers; ++i) body(i, i * kSize);
+    return;
+  }
+  for (std::int64_t x = begin; x < end; ++x)
+    for (std::int64_t n = 0; n < numbers; ++n) body(x * numbers + n, x * stride + n * kSize);
+}
+
 // Pixels of `numbers` numbers each; the stride between pixels is in bytes.
 template <class T, class Sum>
 void add_pixels(
-    Sum* sums, const char* line, std::int64_t stride, std::int64_t numbers, const Run& run) {
-  for (std::int64_t x = run.begin; x < run.end; ++x)
-    for (std::int64_t n = 0; n < numbers; ++n) {
-      T value;
-      std::memcpy(&value, line + x * stride + n * sizeof(T), sizeof(T));
-      sums[x * numbers + n] += static_cast<Sum>(value);
-    }
+    Sum* __restrict sums, const char* __restrict line, std::int64_t stride, std::int64_t numbers,
+    const Run& run) {
+  for_each_number<T>(run.begin, run.end, numbers, stride, [=](std::int64_t i, std::int64_t offset) {
+    T value;
+    std::memcpy(&value, line + offset, sizeof(T));
+    sums[i] += static_cast<Sum>(value);
+  });
 }
 
 template <class T, class Sum>
 void store_pixels(
-    const Sum* sums, char* line, std::int64_t stride, std::int64_t numbers, std::int64_t width) {
-  for (std::int64_t x = 0; x < width; ++x)
-    for (std::int64_t n = 0; n < numbers; ++n) {
-      const T value = static_cast<T>(sums[x * numbers + n]);
-      std::memcpy(line + x * stride + n * sizeof(T), &value, sizeof(T));
-    }
+    const Sum* __restrict sums, char* __restrict line, std::int64_t stride, std::int64_t numbers,
+    std::int64_t width) {
+  for_each_number<T>(0, width, numbers, stride, [=](std::int64_t i, std::int64_t offset) {
+    const T value = static_cast<T>(sums[i]);
+    std::memcpy(line + offset, &value, sizeof(T));
+  });
 }
 
 // Adds in Sum, in the order of the list, and rounds once.
@@ -366,6 +381,7 @@ void sum_contributions(
     }
   };
   const std::int64_t bytes = out.channels * out.height * out.width * out.element;
+  if (bytes == 0) return;  // then the mask may have no cells
   parallel_for(out.batch * grid.height, bytes / grid.height, sum_bands);
 }
 
@@ -468,7 +484,7 @@ void mix_targets(
 
 void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context& context) {
   const std::int64_t batch = inputs.images.batch, rows = outputs.images.batch;
-  if (inputs.ready_map != nullptr)
+  if (inputs.ready)
     cpu::check_map(inputs.ready_map, batch * inputs.map.cells(), outputs.saliency);
   else
     channel_saliency(inputs.features, inputs.features_type, outputs.saliency, context);

@@ -15,7 +15,7 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-constexpr std::int64_t kTile = 64;   // cells summed in one pass over the channels
+constexpr std::int64_t kTile = 256;  // cells summed in one pass over the channels
 constexpr std::int64_t kBlock = 32;  // channels summed before they join the total: less rounding
 
 template <class Element, int kLanes>
@@ -82,47 +82,51 @@ struct Vector {
   }
 };
 
-// Sums over channels of kVectors vectors of a plane, at the given offsets.
+// Adds the sums over some channels of kVectors vectors of a plane, at the given offsets, to
+// `total`.
 template <int kVectors, int kLanes, class T>
-SG_INLINE void sum_vectors(
+SG_INLINE void add_vectors(
     const T* x, std::int64_t channels, std::int64_t stride, const std::int64_t* offset,
-    float* out) {
-  Vector<kLanes> total[kVectors] = {};
-  for (std::int64_t begin = 0; begin < channels; begin += kBlock) {
-    const std::int64_t end = std::min(begin + kBlock, channels);
-    Vector<kLanes> part[kVectors] = {};
-    for (std::int64_t k = begin; k < end; ++k)
-      for (int v = 0; v < kVectors; ++v)
-        part[v] += Vector<kLanes>::magnitudes(x + k * stride + offset[v]);
-    for (int v = 0; v < kVectors; ++v) total[v] += part[v];
-  }
-  for (int v = 0; v < kVectors; ++v) total[v].store(out + offset[v]);
+    Vector<kLanes>* total) {
+  Vector<kLanes> part[kVectors] = {};
+  for (std::int64_t k = 0; k < channels; ++k)
+    for (int v = 0; v < kVectors; ++v)
+      part[v] += Vector<kLanes>::magnitudes(x + k * stride + offset[v]);
+  for (int v = 0; v < kVectors; ++v) total[v] += part[v];
 }
 
-// Up to kTile cells, from `begin`, of a contiguous plane of at least kLanes. The plane's last
-// vector overlaps the one before it rather than leave a tail.
+// Up to kTile cells, from `begin`, of a contiguous plane of at least kLanes, a block of channels at
+// a time: nearly in the order of memory. The plane's last vector overlaps the one before it rather
+// than leave a tail.
 template <int kLanes, class T>
 SG_INLINE void sum_tile(
     const T* x, std::int64_t channels, std::int64_t stride, std::int64_t cells, std::int64_t begin,
     float* out) {
   constexpr int kRegisters = 8;  // vectors whose sums stay in registers
-  const std::int64_t end = std::min(begin + kTile, cells);
-  for (std::int64_t cell = begin; cell < end;) {
-    std::int64_t offset[kRegisters] = {};
-    int vectors = 0;
-    for (; vectors < kRegisters && cell < end; cell += kLanes)
-      offset[vectors++] = std::min(cell, cells - kLanes);
-    switch (vectors) {
-      case 1: sum_vectors<1, kLanes>(x, channels, stride, offset, out); break;
-      case 2: sum_vectors<2, kLanes>(x, channels, stride, offset, out); break;
-      case 3: sum_vectors<3, kLanes>(x, channels, stride, offset, out); break;
-      case 4: sum_vectors<4, kLanes>(x, channels, stride, offset, out); break;
-      case 5: sum_vectors<5, kLanes>(x, channels, stride, offset, out); break;
-      case 6: sum_vectors<6, kLanes>(x, channels, stride, offset, out); break;
-      case 7: sum_vectors<7, kLanes>(x, channels, stride, offset, out); break;
-      default: sum_vectors<8, kLanes>(x, channels, stride, offset, out); break;
+  const std::int64_t vectors = (std::min(kTile, cells - begin) + kLanes - 1) / kLanes;
+  std::int64_t offset[kTile / kLanes];
+  Vector<kLanes> total[kTile / kLanes];
+  for (std::int64_t v = 0; v < vectors; ++v) {
+    offset[v] = std::min(begin + v * kLanes, cells - kLanes);
+    total[v] = Vector<kLanes>{};
+  }
+  for (std::int64_t k = 0; k < channels; k += kBlock) {
+    const std::int64_t count = std::min(kBlock, channels - k);
+    for (std::int64_t v = 0; v < vectors; v += kRegisters) {
+      const T* from = x + k * stride;
+      switch (vectors - v) {
+        case 1: add_vectors<1, kLanes>(from, count, stride, offset + v, total + v); break;
+        case 2: add_vectors<2, kLanes>(from, count, stride, offset + v, total + v); break;
+        case 3: add_vectors<3, kLanes>(from, count, stride, offset + v, total + v); break;
+        case 4: add_vectors<4, kLanes>(from, count, stride, offset + v, total + v); break;
+        case 5: add_vectors<5, kLanes>(from, count, stride, offset + v, total + v); break;
+        case 6: add_vectors<6, kLanes>(from, count, stride, offset + v, total + v); break;
+        case 7: add_vectors<7, kLanes>(from, count, stride, offset + v, total + v); break;
+        default: add_vectors<8, kLanes>(from, count, stride, offset + v, total + v); break;
+      }
     }
   }
+  for (std::int64_t v = 0; v < vectors; ++v) total[v].store(out + offset[v]);
 }
 
 // A contiguous slab of planes of fewer than kLanes cells: kLanes channels at a time are one long
@@ -257,9 +261,10 @@ void channel_saliency(const Batch& features, float* map) {
   static const Version version = choose_version<T>();
   const Layout layout = layout_of(features, sizeof(T), version.lanes);
   const std::int64_t cells = features.height * features.width;
+  if (cells == 0) return;
   const std::int64_t items = items_per_sample(layout, cells);
   parallel_for(
-      features.batch * items, features.channels * cells / std::max<std::int64_t>(1, items),
+      features.batch * items, features.channels * cells / items,
       [&](std::int64_t begin, std::int64_t end) {
         version.sum(features, layout, begin, end, map);
       });

@@ -17,6 +17,9 @@ struct Maps {
   std::int32_t lanes;  // neighbouring threads that share the values of a cell, a power of two
 
   SG_HOST_DEVICE int cells() const { return grid_height * grid_width; }
+  SG_HOST_DEVICE bool on_grid() const {
+    return splits == 1 && map.height == grid_height && map.width == grid_width;
+  }
 };
 
 // Stage 2: the value of a cell, where the lanes of its group all call; taken(value) of each of the
@@ -55,13 +58,15 @@ __device__ void for_each_cell(const Maps& maps, int part, int parts, const Body&
     body(first + group, lane);
 }
 
-// A sample's map on the grid, in memory that the whole block sees.
-__device__ inline void resample_to(const Maps& maps, std::int64_t sample, float* grid) {
+// A sample's map on the grid: where it is, or else in `storage`, which the whole block sees.
+__device__ inline const float* on_grid(const Maps& maps, std::int64_t sample, float* storage) {
+  if (maps.on_grid()) return maps.partials + sample * maps.map.cells();
   for_each_cell(maps, 0, 1, [&](int cell, int lane) {
     const float value = resample(maps, sample, cell, lane, [](float whole) { return whole; });
-    if (cell < maps.cells() && lane == 0) grid[cell] = value;
+    if (cell < maps.cells() && lane == 0) storage[cell] = value;
   });
   __syncthreads();
+  return storage;
 }
 
 __device__ inline float normalize_scale(

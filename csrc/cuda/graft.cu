@@ -55,17 +55,21 @@ __device__ void add_tile(const GraftBackward& work) {
   const auto add = [&](std::int64_t row, bool own) {
     std::uint64_t bits = from_own(tile, column, work.mask + row * work.grid.cells());
     if (!own) bits = ~bits;
+    const auto of_line = [bits](int i) -> std::uint32_t {
+      return bits >> i * kChunk & kAll<Numbers::kBytes>;
+    };
+    const char* from_row = from + row * grad.batch_stride;
+    Numbers value[kLinesInFlight] = {};
+#pragma unroll
+    for (int i = 0; i < kLinesInFlight; ++i)
+      if (column.has(i) && of_line(i) != 0)
+        value[i] = Numbers::load(from_row + line_offset(tile, grad, column.line(i)));
 #pragma unroll
     for (int i = 0; i < kLinesInFlight; ++i) {
-      const std::uint32_t of_line = bits >> i * kChunk & kAll<Numbers::kBytes>;
-      if (!column.has(i) || of_line == 0) continue;
-      const Numbers value =
-          Numbers::load(from + row * grad.batch_stride + line_offset(tile, grad, column.line(i)));
+      // Cleared as one word: a lane chosen by itself would be loaded by itself.
+      const Numbers taken{blend(value[i].word, typename Numbers::Word{}, of_line(i))};
 #pragma unroll
-      for (int l = 0; l < kLanes; ++l) {
-        const bool taken = of_line >> l * static_cast<int>(sizeof(T)) & 1;
-        total[i][l] += taken ? static_cast<Sum>(value.lane(l)) : Sum{0};
-      }
+      for (int l = 0; l < kLanes; ++l) total[i][l] += static_cast<Sum>(taken.lane(l));
     }
   };
 

@@ -33,7 +33,7 @@ void channel_saliency(const Batch& features, Float type, float* map, const Conte
   SaliencyWork work{};
   work.features = features;
   work.type = type;
-  work.plan = plan_saliency(features);
+  work.plan = plan_saliency(features, kBlocksPerSm);
   work.partials = map;
   if (work.plan.splits > 1)
     work.partials = static_cast<float*>(context.scratch(work.plan.splits * cells * 4));

@@ -46,7 +46,8 @@ constexpr std::int64_t kPartialBytes = 1 << 20;  // what the partial sums of all
 // Launch 2 reads no more sums of one sample than this.
 constexpr std::int64_t kMaxSums = 2048;
 
-inline SaliencyPlan plan_saliency(const Batch& features) {
+// Splits are as many as fill the device, whose multiprocessors run `blocks_per_sm` blocks at once.
+inline SaliencyPlan plan_saliency(const Batch& features, int blocks_per_sm) {
   const std::int64_t cells = features.height * features.width, element = features.element;
   const std::int64_t sample_stride = features.batch > 1 ? features.batch_stride : 0;
   const std::int32_t lanes = kChunk / static_cast<std::int32_t>(element);
@@ -79,11 +80,10 @@ inline SaliencyPlan plan_saliency(const Batch& features) {
   plan.rows = static_cast<std::int32_t>(features.channels / plan.planes);
   plan.tiles = static_cast<std::int32_t>(ceil_div(plan.chunks, plan.columns));
   const std::int64_t batch = std::max<std::int64_t>(1, features.batch);
-  // No more splits than the kernel that does all has room for.
   const std::int64_t most = std::min(
       {kMaxSplits, std::int64_t{plan.rows} / (kThreads / plan.columns * kInFlight),
        kMaxSums / cells, kPartialBytes / 4 / (batch * cells),
-       kLargeBlocksPerSm * multiprocessors() / (batch * plan.tiles)});
+       blocks_per_sm * multiprocessors() / (batch * plan.tiles)});
   while (2 * plan.splits <= most) plan.splits *= 2;
   return plan;
 }
@@ -145,7 +145,6 @@ __device__ void sum_planes(
         sum += sums[g * of_group + plane * cells + cell];
     partial[begin + cell] = sum;
   }
-  __syncthreads();
 }
 
 template <class T, int kLanes>

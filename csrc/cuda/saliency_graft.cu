@@ -11,7 +11,7 @@ namespace cuda {
 namespace {
 
 // Up to so many cells each block of launch 2 works out its row's mask on the way; finer grids, and
-// cells that are the sum of more values than kMaxTerms, are worked out once a row in a launch
+// those for which a thread adds more values than kMaxTerms, are worked out once a row in a launch
 // before the graft.
 constexpr std::int64_t kMaxCells = 1024;
 constexpr std::int64_t kMaxTerms = 64;
@@ -21,9 +21,10 @@ struct GraftWork {
   Outputs outputs;
   Maps maps;
   Tile tile;
+  bool at_once;        // with the mask; or the tiles are a launch of their own
   std::int32_t parts;  // blocks that share a row's tiles
   const std::uint64_t* call_seed;
-  float* grids;  // (rows, 2, cells), the row's own and the other's, or nullptr: a block holds them
+  float* grids;  // (rows, 2, cells), the row's own and the other's, where no block can hold them
 
   SG_HOST_DEVICE std::int64_t tasks() const { return outputs.images.batch * parts; }
 };
@@ -53,7 +54,7 @@ __device__ void finish_row(
 
 // One task of launch 2: a row's mask, and the tiles of a part of it.
 __device__ void graft_task(const GraftWork& work, int task) {
-  __shared__ float held[2][kMaxCells];
+  __shared__ float held[2 * kMaxCells];
   __shared__ bool mask[kMaxCells];
   const Inputs& inputs = work.inputs;
   const int cells = static_cast<int>(inputs.grid.cells());
@@ -65,23 +66,18 @@ __device__ void graft_task(const GraftWork& work, int task) {
   const std::int64_t index = work.outputs.index[row];
   const bool valid = in_range(index, batch);
   const int other = valid ? static_cast<int>(index) : own;
-  float *own_grid = held[0], *other_grid = held[1];
-  bool* kept = mask;
-  if (work.grids != nullptr) {
-    own_grid = work.grids + 2 * std::int64_t{row} * cells;
-    other_grid = own_grid + cells;
-    kept = work.outputs.mask + std::int64_t{row} * cells;
-  }
+  float* grids = work.at_once ? held : work.grids + 2 * std::int64_t{row} * cells;
+  bool* kept = work.at_once ? mask : work.outputs.mask + std::int64_t{row} * cells;
 
-  resample_to(work.maps, own, own_grid);
+  const float* own_grid = on_grid(work.maps, own, grids);
   select(own_grid, cells, inputs.selection, kept);
   sample(kept, own, draw, cells, inputs.draws, *work.call_seed);
   if (part == 0) {
-    resample_to(work.maps, other, other_grid);
+    const float* other_grid = on_grid(work.maps, other, grids + cells);
     finish_row(work, row, own, other, valid, own_grid, other_grid, kept);
   }
   // Last, when what the stages before it hold in registers is done with.
-  if (work.grids == nullptr)
+  if (work.at_once)
     copy_tiles(
         work.tile, part, work.parts, inputs.images, work.outputs.images,
         {inputs.images, work.outputs.images, row, own, other, kept});
@@ -132,13 +128,14 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
   const Divisor grid_height(static_cast<std::int32_t>(grid.height));
   const Divisor grid_width(static_cast<std::int32_t>(grid.width));
 
+  const Tile tile = plan_tile(inputs.images, outputs.images, grid, false);
   SaliencyWork saliency{};
   saliency.features = inputs.features;
   saliency.features.batch = batch;
   saliency.type = inputs.features_type;
   saliency.partials = outputs.saliency;
   Maps maps{outputs.saliency, batch, map, grid_height, grid_width, 1, lanes_of(map, grid)};
-  if (inputs.ready_map != nullptr) {
+  if (inputs.ready) {
     saliency.plan = plan_given(map, grid, maps.lanes);
     saliency.given = maps;
     saliency.given.partials = inputs.ready_map;
@@ -147,7 +144,9 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
       maps = {saliency.grid, batch, grid, grid_height, grid_width, 1, 1};
     }
   } else {
-    saliency.plan = plan_saliency(inputs.features);
+    // Where the graft is too large for one launch, the first has the device for itself.
+    const bool large = rows * tile.tiles > std::int64_t{kLargeBlocksPerSm} * multiprocessors();
+    saliency.plan = plan_saliency(inputs.features, large ? kBlocksPerSm : kLargeBlocksPerSm);
     maps.splits = saliency.plan.splits;
     if (maps.splits > 1)
       maps.partials = saliency.partials =
@@ -158,15 +157,16 @@ void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context&
                       inputs.given_index, outputs.index, call_seed};
   saliency.pairing_tasks = saliency.pairing.tasks(batch);
 
-  GraftWork graft{inputs, outputs,   maps,   plan_tile(inputs.images, outputs.images, grid, false),
-                  1,      call_seed, nullptr};
-  const std::int64_t sums = maps.splits * ceil_div(maps.map.cells(), grid.cells());
-  const bool at_once = grid.cells() <= kMaxCells && sums <= kMaxTerms;
-  if (!at_once)
+  const std::int64_t terms = maps.splits *
+                             ceil_div(ceil_div(maps.map.cells(), grid.cells()), maps.lanes) *
+                             ceil_div(grid.cells() * maps.lanes, kThreads);
+  const bool at_once = grid.cells() <= kMaxCells && terms <= kMaxTerms;
+  GraftWork graft{inputs, outputs, maps, tile, at_once, 1, call_seed, nullptr};
+  if (!at_once && !maps.on_grid())
     graft.grids = static_cast<float*>(context.scratch(2 * rows * grid.cells() * 4));
-  else if (rows > 0)
+  if (at_once && rows > 0)
     graft.parts = static_cast<std::int32_t>(std::clamp<std::int64_t>(
-        2 * kBlocksPerSm * multiprocessors() / rows, 1, std::max(1, graft.tile.tiles)));
+        2 * kBlocksPerSm * multiprocessors() / rows, 1, std::max(1, tile.tiles)));
 
   // One at least, so that the step advances for an empty batch too.
   const std::int64_t blocks = std::max<std::int64_t>(1, graft.tasks());

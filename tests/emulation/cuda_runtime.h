@@ -1,6 +1,8 @@
 // CUDA C++ on the CPU, as far as csrc/cuda uses it, to test the kernels without a GPU. Blocks run
-// one after the other; a block's threads are fibers, which run in turn from one barrier to the
-// next. Threads of a block that wait at different barriers, or do not all arrive, abort the run.
+// one after the other, the last one first; a block's threads are fibers, of which each warp runs as
+// far as it can before the next, and every second block runs backwards: so a barrier that is
+// missing shows. Threads of a block that wait at different barriers, or do not all arrive, abort
+// the run.
 #pragma once
 
 #include <setjmp.h>
@@ -87,32 +89,33 @@ inline void resume(Block& of, unsigned thread) {
   setcontext(&fiber->start);
 }
 
-// Lets the threads [begin, end) go on if they all wait at `at`.
-inline bool release(Block& of, unsigned begin, unsigned end, At at) {
-  for (unsigned t = begin; t < end; ++t)
-    if (of.fibers[t].at != at) return false;
-  for (unsigned t = begin; t < end; ++t) resume(of, t);
-  return true;
+inline bool all_at(const Block& of, At at, unsigned begin, unsigned end) {
+  return std::all_of(of.fibers.begin() + begin, of.fibers.begin() + end, [at](const Fiber& fiber) {
+    return fiber.at == at;
+  });
 }
 
-inline bool all_at(const Block& of, At at) {
-  return std::all_of(
-      of.fibers.begin(), of.fibers.end(), [at](const Fiber& fiber) { return fiber.at == at; });
+inline bool all_at(const Block& of, At at) { return all_at(of, at, 0, of.fibers.size()); }
+
+// Runs a warp until its threads wait for others than themselves.
+inline void run_warp(Block& of, unsigned begin, unsigned end) {
+  do {
+    for (unsigned i = 0; i < end - begin; ++i) resume(of, of.number % 2 ? end - 1 - i : begin + i);
+  } while (all_at(of, At::kWarp, begin, end));
 }
 
 // Runs a block until all its threads are at the grid's barrier or at the end.
 inline void run(Block& of) {
-  const auto threads = static_cast<unsigned>(of.fibers.size());
-  for (unsigned t = 0; t < threads; ++t) resume(of, t);
-  while (!all_at(of, At::kEnd) && !all_at(of, At::kGrid)) {
-    bool moved = release(of, 0, threads, At::kBlock);
-    for (unsigned begin = 0; begin < threads; begin += kWarp)
-      moved |= release(of, begin, std::min(begin + kWarp, threads), At::kWarp);
-    if (!moved) {
-      std::fprintf(stderr, "emulation: the threads of a block wait at different barriers\n");
-      std::abort();
+  const unsigned warps = of.fibers.size() / kWarp;
+  do {
+    for (unsigned i = 0; i < warps; ++i) {
+      const unsigned warp = of.number % 2 ? warps - 1 - i : i;
+      run_warp(of, warp * kWarp, (warp + 1) * kWarp);
     }
-  }
+  } while (all_at(of, At::kBlock));
+  if (all_at(of, At::kEnd) || all_at(of, At::kGrid)) return;
+  std::fprintf(stderr, "emulation: the threads of a block wait at different barriers\n");
+  std::abort();
 }
 
 inline Block start(unsigned number, std::vector<void*>& stacks, std::size_t first_stack) {
@@ -137,7 +140,7 @@ inline void run_grid(const std::function<void()>& kernel, bool together) {
   static std::vector<void*> stacks;
   body = &kernel;
   std::vector<Block> waiting;
-  for (unsigned number = 0; number < grid_size.x; ++number) {
+  for (unsigned number = grid_size.x; number-- > 0;) {
     waiting.push_back(start(number, stacks, waiting.size() * block_size.x));
     run(waiting.back());
     if (all_at(waiting.back(), At::kEnd)) waiting.pop_back();
