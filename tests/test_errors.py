@@ -110,9 +110,6 @@ def tensors():
                 images.to_sparse(),
                 images.to(torch.float8_e5m2).requires_grad_(),
                 images.to(torch.float8_e8m0fnu),
-                torch.empty(4, 3, 16, 16, dtype=torch.uint4),
-                torch.empty(4, 3, 16, 16, dtype=torch.float4_e2m1fn_x2),
-                torch.empty(4, 3, 16, 16, dtype=torch.bits8),
             )
         ],
     )
@@ -403,7 +400,7 @@ GRAFT = [
             IMAGES[None],
             IMAGES.to_sparse(),
             IMAGES.to(torch.float8_e4m3fn).requires_grad_(),
-            torch.empty(4, 3, 8, 8, dtype=torch.uint4),
+            IMAGES.to(torch.float8_e8m0fnu),
         )
     ],
     *[
@@ -569,7 +566,7 @@ WRONG = [
     {"targets": torch.tensor([0, 1, 2, 3]), "num_classes": 3},
     {"grid_size": (17, 1)},
     {"backend": "nonsense"},
-    {"images": torch.empty(4, 3, 16, 16, dtype=torch.uint4)},
+    {"images": torch.zeros(4, 3, 16, 16, dtype=torch.float8_e8m0fnu)},
 ]
 
 
@@ -595,6 +592,15 @@ def test_a_refused_call_draws_nothing(change, own):
     with pytest.raises(REFUSALS):
         saliency_graft(**{"images": images, "features": features, **arguments, **change})
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint4, torch.float4_e2m1fn_x2, torch.bits8])
+def test_images_that_pack_numbers_are_refused(dtype):
+    images = torch.empty(4, 3, 16, 16, dtype=dtype)
+    with pytest.raises(TypeError, match=f"images must hold plain numbers; got {dtype}"):
+        saliency_graft(images, torch.randn(4, 6, 4, 4))
+    with pytest.raises(TypeError, match=f"images must hold plain numbers; got {dtype}"):
+        graft(images, torch.rand(4, 2, 2) > 0.5, torch.arange(4))
 
 
 def test_a_tangent_is_refused_as_none_would_come_out():
