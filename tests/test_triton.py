@@ -328,3 +328,15 @@ def test_a_tile_of_any_width_holds_a_line_and_a_chunk(itemsize, channels_last, w
         assert tile.chunk_count * tile.lanes * tile.unit_bytes == line * itemsize
         assert tile.tiles * tile.lines * tile.chunks >= tile.line_count * tile.chunk_count
         assert tile.lines * tile.chunks <= 1024 * 4
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("cell", [1, 2, 4, 8, 12, 16])
+def test_a_lane_is_the_most_of_a_chunk_that_lies_in_one_cell(itemsize, cell):
+    shape, strides = (2, 3, 16, 16 * cell), (16 * 16 * cell * 3, 16 * 16 * cell, 16 * cell, 1)
+    tile = table.tile(2, shape, strides, strides, itemsize, 16, (16, 16), False, 128)
+    chunk, inside = 16, cell * itemsize & -(cell * itemsize)
+    assert tile.lanes * tile.unit_bytes == chunk
+    assert tile.uniform == (inside >= chunk)
+    assert tile.unit_bytes == min(inside, 8)
+    assert tile.step * itemsize == (chunk if tile.uniform else tile.unit_bytes)

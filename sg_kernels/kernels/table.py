@@ -241,10 +241,7 @@ def tile(
     pixel = channels * itemsize if channels_last else itemsize
     unit = alignment(chunk, *(cdiv(g * width, gw) * pixel for g in range(1, gw)))
     uniform = unit == chunk
-    if whole_elements:
-        unit_bytes = itemsize
-    else:
-        unit_bytes = min(unit, 4) if uniform else max(itemsize, min(unit, 4))
+    unit_bytes = itemsize if whole_elements else min(unit, 8)
     lanes = chunk // unit_bytes
 
     # Accesses in flight for each thread; one where narrow lanes take a register each.
