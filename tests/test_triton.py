@@ -223,6 +223,14 @@ def test_the_masks_worked_out_again_stay_few(launched):
         assert launched[1][1] <= max(batch, table.PROGRAMS_2 + batch)
 
 
+@pytest.mark.parametrize("batch", [1, 256, 1024, 4096])
+def test_who_writes_a_label_copies_nothing_where_others_can(launched, batch):
+    saliency_graft(meta(batch, 3, 224, 224), features=meta(batch, 2048, 7, 7))
+    function, programs, _, arguments, _ = launched[1]
+    parts = dict(zip(function.arg_names, arguments))["parts"]
+    assert programs == (batch * (parts + 1) if batch < table.PROGRAMS_2 else batch)
+
+
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("address", [0, 1, 2, 4, 8, 24])
 def test_a_chunk_begins_and_ends_on_its_own_multiples(itemsize, address):

@@ -254,9 +254,14 @@ def label_ratio(own, other, mask, valid, cells, NORM: tl.constexpr):
 
 
 @triton.jit
-def class_ids_known(targets, own, other, num_classes):
-    own_id, other_id = tl.load(targets + own), tl.load(targets + other)
-    return (own_id >= 0) & (own_id < num_classes) & (other_id >= 0) & (other_id < num_classes)
+def classes_of(targets, own, other, known, num_classes, TARGETS: tl.constexpr):
+    """What mix_targets takes for two images, and whether it is ``known``: their class ids, or where
+    targets are rows the images themselves.
+    """
+    if TARGETS == "ids":
+        own, other = tl.load(targets + own), tl.load(targets + other)
+        known = known & (own >= 0) & (own < num_classes) & (other >= 0) & (other < num_classes)
+    return own, other, known
 
 
 @triton.jit
@@ -266,8 +271,8 @@ def mix_targets(
     """Stage 8: the columns ``column`` of a row of mixed targets; NaN where lam is."""
     inside = column < num_classes
     if TARGETS == "ids":
-        own_target = (tl.load(targets + own) == column).to(tl.float32)
-        other_target = (tl.load(targets + other) == column).to(tl.float32)
+        own_target = (own == column).to(tl.float32)
+        other_target = (other == column).to(tl.float32)
     else:
         own_target = tl.load(targets + own * num_classes + column, mask=inside)
         other_target = tl.load(targets + other * num_classes + column, mask=inside)

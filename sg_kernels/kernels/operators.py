@@ -370,7 +370,7 @@ def _saliency_graft_out(
         parts = min(tile.tiles, _blocks(table.PROGRAMS_2, rows)) if at_once else 1
         launch(
             saliency_graft_kernel,
-            rows * parts,
+            rows * (parts + (parts > 1)),
             cells.threads,
             (
                 reinterpret(images, BYTES),
