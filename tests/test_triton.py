@@ -338,6 +338,18 @@ def test_a_tile_of_any_width_holds_a_line_and_a_chunk(itemsize, channels_last, w
         assert tile.lines * tile.chunks <= 1024 * 4
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 16])
+def test_a_tile_leaves_as_few_lanes_idle_as_its_shortest_run_of_a_line_allows(chunk):
+    assert table.chunks_across(84, 16, 128) == 32  # 1344 bytes, of 224 pixels in 3 channels
+    for count in range(1, 600):
+        most = min(triton.next_power_of_2(count), 256)
+        found = table.chunks_across(count, chunk, most)
+        powers = [2**bit for bit in range(9) if 2**bit <= most]
+        allowed = [n for n in powers if n * chunk >= table.MIN_RUN] or [most]
+        assert found in allowed
+        assert -count % found == min(-count % n for n in allowed)
+
+
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("cell", [1, 2, 4, 8, 12, 16])
 def test_a_lane_is_the_most_of_a_chunk_that_lies_in_one_cell(itemsize, cell):

@@ -34,6 +34,8 @@ PROGRAMS_2 = 2048
 More would work out more masks again."""
 MIN_PROGRAMS = 264
 """Tiles are made smaller until there are so many."""
+MIN_RUN = 256
+"""Bytes of a line that a tile takes at least, so that what is read at once stays together."""
 PARTIAL_BYTES = 1 << 20
 """What the partial sums of all splits may take."""
 
@@ -208,6 +210,16 @@ def too_large(
     return max(counts) > MAX_EXTENT
 
 
+def chunks_across(chunk_count: int, chunk: int, most: int) -> int:
+    """How many chunks of a line lie in a tile: a power of two that leaves the fewest lanes idle."""
+    best = chunks = most
+    while chunks * chunk > MIN_RUN:
+        chunks //= 2
+        if cdiv(chunk_count, chunks) * chunks < cdiv(chunk_count, best) * best:
+            best = chunks
+    return best
+
+
 @lru_cache(maxsize=1024)
 def tile(
     rows: int,
@@ -246,7 +258,7 @@ def tile(
 
     # Accesses in flight for each thread; one where narrow lanes take a register each.
     size = max(4 * threads, 256) if unit_bytes >= 4 or lanes == 1 else threads
-    chunks = min(next_power_of_2(max(1, chunk_count)), 256, size)
+    chunks = chunks_across(chunk_count, chunk, min(next_power_of_2(max(1, chunk_count)), 256, size))
     lines = min(size // chunks, next_power_of_2(max(1, line_count)))
     while (
         lines > 1 and lines * chunks > 2 * threads and rows * cdiv(line_count, lines) < MIN_PROGRAMS
