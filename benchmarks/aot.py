@@ -20,7 +20,6 @@ from unittest import mock
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -38,7 +37,7 @@ TARGETS = {
 }
 COPY_BANDWIDTH = 4.3e12
 """Bytes read and written a second, by a large copy on an H200."""
-POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*i1", tl.int1: "*i1"}
+POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*i1"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ROWS = "{:<32} {:<7} {:>5} {:>6} {:>6} {:>5} {:>6} {:>12} {:>6} {:>9} {:>8}"
 

@@ -137,8 +137,8 @@ def destination_of(index, row, own, batch):
 
 @kernel
 def saliency_graft_kernel(
-    images,
-    out,
+    images: tl.int64,
+    out: tl.int64,
     maps,
     saliency,
     call_seed,
@@ -315,8 +315,8 @@ def saliency_graft_kernel(
 
 @kernel
 def graft_kernel(
-    images,
-    out,
+    images: tl.int64,
+    out: tl.int64,
     mask,
     index,
     batch: tl.int32,
@@ -381,8 +381,8 @@ def graft_kernel(
 
 @kernel
 def graft_backward_kernel(
-    grad,
-    out,
+    grad: tl.int64,
+    out: tl.int64,
     mask,
     index,
     batch: tl.int32,

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton import reinterpret
 
 from sg_kernels import reference, rng
 from sg_kernels.kernels import table
@@ -22,8 +21,6 @@ from sg_kernels.kernels.graft import (
 from sg_kernels.kernels.launch import launch
 from sg_kernels.kernels.saliency import SAMPLES, saliency_kernel
 
-BYTES = tl.int1
-"""The type of pointers to images and features: none that they are read as, see chunks_of."""
 UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 """Images are copied as integers of so many bytes, whatever they are."""
 FLOATS = {
@@ -111,7 +108,7 @@ def channel_saliency(features: Tensor) -> Tensor:
             batch * plan.splits * plan.tiles,
             table.THREADS,
             (
-                reinterpret(features, BYTES),
+                features.data_ptr(),
                 partials,
                 None,
                 batch,
@@ -164,8 +161,8 @@ def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
             out.shape[0] * tile.tiles,
             table.THREADS,
             (
-                reinterpret(images, BYTES),
-                reinterpret(out, BYTES),
+                images.data_ptr(),
+                out.data_ptr(),
                 mask.contiguous(),
                 index.contiguous(),
                 images.shape[0],
@@ -207,8 +204,8 @@ def _graft_backward(grad: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> N
             out.shape[0] * tile.tiles,
             table.THREADS,
             (
-                reinterpret(grad, BYTES),
-                reinterpret(out, BYTES),
+                grad.data_ptr(),
+                out.data_ptr(),
                 mask.contiguous(),
                 index.contiguous(),
                 out.shape[0],
@@ -329,7 +326,7 @@ def _saliency_graft_out(
             pairing_programs + batch * plan.splits * plan.tiles,
             table.THREADS,
             (
-                reinterpret(source, BYTES),
+                source.data_ptr(),
                 partials,
                 grid,
                 batch,
@@ -373,8 +370,8 @@ def _saliency_graft_out(
             rows * (parts + (parts > 1)),
             cells.threads,
             (
-                reinterpret(images, BYTES),
-                reinterpret(out, BYTES),
+                images.data_ptr(),
+                out.data_ptr(),
                 maps,
                 whole_map,
                 call_seed,

@@ -150,7 +150,7 @@ def check_map(
 
 @kernel
 def saliency_kernel(
-    source,
+    source: tl.int64,
     partials,
     grid,
     batch: tl.int32,
