@@ -91,6 +91,20 @@ class Cells(NamedTuple):
     threads: int
 
 
+class Plan(NamedTuple):
+    """Both launches of a call."""
+
+    saliency: Saliency
+    cells: Cells
+    tile: Tile
+    window: tuple[int, int]
+    """The most of a map's rows and columns that a cell of the grid averages over."""
+    parts: int
+    """So many programs of launch 2 share out the tiles of a row."""
+    at_once: bool
+    """Whether they do; else a third launch copies."""
+
+
 def alignment(*addresses: int) -> int:
     """The largest power of two, at most CHUNK, that every address is a multiple of."""
     bits = CHUNK
@@ -193,7 +207,12 @@ def given(map_cells: int, grid_cells: int, terms: int) -> Saliency:
     return Saliency("given", 1, at_once, cells, 1, 1, tiles, 1, 0, (0, 0, 0, 0))
 
 
-@lru_cache(maxsize=1024)
+def map_too_large(map_size: tuple[int, int], grid_size: tuple[int, int]) -> bool:
+    """Whether a map, or a side and its cells, is beyond MAX_EXTENT, or a grid beyond MAX_CELLS."""
+    (h, w), (gh, gw) = map_size, grid_size
+    return max(h * w, h * gh, w * gw) > MAX_EXTENT or gh * gw > MAX_CELLS
+
+
 def too_large(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
@@ -231,8 +250,16 @@ def tile(
     grid_size: tuple[int, int],
     whole_elements: bool,
     threads: int,
-) -> Tile:
-    """``whole_elements``: lanes are elements, for arithmetic on them."""
+) -> Tile | None:
+    """``whole_elements``: lanes are elements, for arithmetic on them.
+
+    None for what the kernels cannot read: images too large, and elements that do not lie at
+    multiples of their size.
+    """
+    if too_large(shape, strides, out_strides, itemsize, grid_size) or aligned < min(
+        itemsize, CHUNK
+    ):
+        return None
     _, channels, height, width = shape
     strides = tuple(s if n > 1 else 0 for s, n in zip(strides, shape))
     out_strides = tuple(s if n > 1 else 0 for s, n in zip(out_strides, (rows, *shape[1:])))
@@ -294,3 +321,39 @@ def cells(grid_cells: int, terms: int) -> Cells:
     # One warp needs no barriers.
     threads = 32 if block <= 64 else THREADS if block <= 1024 else 1024
     return Cells(block, 1, min(terms, 4), threads)
+
+
+@lru_cache(maxsize=1024)
+def saliency_graft(
+    rows: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    out_strides: tuple[int, ...],
+    itemsize: int,
+    aligned: int,
+    source_shape: tuple[int, ...],
+    source_strides: tuple[int, ...],
+    source_itemsize: int,
+    source_aligned: int,
+    ready: bool,
+    grid_size: tuple[int, int],
+) -> Plan | None:
+    """The source: a ``ready`` map, or features. None for what the kernels cannot hold or read."""
+    (h, w), (gh, gw) = source_shape[-2:], grid_size
+    if rows == 0 or map_too_large((h, w), grid_size):
+        return None
+    windows = window(h, gh), window(w, gw)
+    if ready:  # launch 1 resamples it
+        summed, terms = given(h * w, gh * gw, windows[0] * windows[1]), 1
+    else:
+        summed = saliency(source_shape, source_strides, source_itemsize, source_aligned)
+        terms = summed.splits * windows[0] * windows[1]
+    held = cells(gh * gw, terms)
+    copied = tile(
+        rows, shape, strides, out_strides, itemsize, aligned, grid_size, False, held.threads
+    )
+    if copied is None:
+        return None
+    at_once = gh * gw <= MAX_CELLS_IN_LAUNCH_2 and terms <= MAX_TERMS_IN_LAUNCH_2
+    parts = min(copied.tiles, cdiv(PROGRAMS_2, rows)) if at_once else 1
+    return Plan(summed, held, copied, windows, parts, at_once)
