@@ -42,12 +42,11 @@ def sum_values(
     valid,
     extent,
     window,
-    WINDOWS: tl.constexpr,
     CHECKED: tl.constexpr,
     TERMS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sums what the splits hold for each cell: ``first`` or, of WINDOWS, an ``extent`` from there.
+    """Sums what the splits hold for each cell: ``first``, or where given an ``extent`` from there.
 
     UNROLL times TERMS values are read at once, TERMS of them by threads of their own. Maps that are
     not CHECKED yet are.
@@ -59,7 +58,7 @@ def sum_values(
         for part in tl.static_range(UNROLL):
             split = start + part * TERMS + tl.arange(0, TERMS)[:, None]
             place, inside = first[None, :], valid[None, :]
-            if WINDOWS:
+            if extent is not None:
                 high, wide = extent
                 inner = split % (window_h * window_w)
                 split = split // (window_h * window_w)
@@ -108,14 +107,12 @@ def resample(
             valid,
             extent,
             window,
-            True,
             CHECKED,
             TERMS,
             UNROLL,
         )
         total = total / (high * wide).to(tl.float32)
     else:
-        one = 1, 1
         total = sum_values(
             maps,
             sample,
@@ -124,9 +121,8 @@ def resample(
             map_size,
             cell,
             valid,
-            one,
-            one,
-            False,
+            None,
+            (1, 1),
             CHECKED,
             TERMS,
             UNROLL,

@@ -257,6 +257,9 @@ def saliency_graft_kernel(
 
     if program < rows:
         tl.store(mask + row * grid_cells + cell, kept, mask=valid)
+        own_class, other_class, known = cells.classes_of(
+            targets, own, other, known, num_classes, TARGETS
+        )
         other_grid = cells.resample(
             maps,
             other,
@@ -272,9 +275,6 @@ def saliency_graft_kernel(
             UNROLL,
         )
         ratio = cells.label_ratio(grid, other_grid, kept, valid, grid_cells, NORM)
-        own_class, other_class, known = cells.classes_of(
-            targets, own, other, known, num_classes, TARGETS
-        )
         ratio = tl.where(known, ratio, float("nan"))
         tl.store(lam + row, ratio)
         if TARGETS != "none":
