@@ -272,13 +272,6 @@ def test_strides_that_32_bits_do_not_count_have_no_tile():
     assert operators._tile(largest, largest, (64, 64)) is not None
 
 
-def test_elements_off_their_own_multiples_have_no_tile():
-    shape, strides = (1, 3, 4, 4), (48, 16, 4, 1)
-    for itemsize, aligned, read in ((16, 16, True), (16, 8, False), (8, 8, True), (8, 4, False)):
-        tile = table.tile(1, shape, strides, strides, itemsize, aligned, (2, 2), False, 128)
-        assert (tile is not None) == read
-
-
 def test_maps_that_32_bits_do_not_count_are_summed_by_the_reference(launched):
     for size, grid in (((2**15, 2**15 + 1), (1, 1)), ((2**25, 1), (64, 1)), ((1, 2**25), (1, 64))):
         assert table.map_too_large(size, grid)
@@ -288,7 +281,7 @@ def test_maps_that_32_bits_do_not_count_are_summed_by_the_reference(launched):
     assert launched == []
 
 
-def test_what_the_kernels_cannot_read_runs_on_the_reference(launched, monkeypatch):
+def test_what_is_too_large_runs_on_the_reference(launched, monkeypatch):
     images, mask = torch.rand(4, 3, 8, 8), torch.rand(4, 2, 2) < 0.5
     index = torch.tensor([1, 2, 3, 0])
     expected = reference.graft(images, mask, index)
@@ -316,7 +309,7 @@ def test_what_the_kernels_cannot_read_runs_on_the_reference(launched, monkeypatc
         ({"features": meta(8, 1, 2**15, 2**15 + 1)}, False),
     ],
 )
-def test_what_the_kernels_cannot_hold_has_no_plan(given, reads, launched, monkeypatch):
+def test_what_is_too_large_has_no_plan(given, reads, launched, monkeypatch):
     ran = []
     monkeypatch.setattr(
         reference, "saliency_graft", lambda *_, **__: ran.append(True) or [meta(1)] * 6

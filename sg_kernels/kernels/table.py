@@ -251,14 +251,8 @@ def tile(
     whole_elements: bool,
     threads: int,
 ) -> Tile | None:
-    """``whole_elements``: lanes are elements, for arithmetic on them.
-
-    None for what the kernels cannot read: images too large, and elements that do not lie at
-    multiples of their size.
-    """
-    if too_large(shape, strides, out_strides, itemsize, grid_size) or aligned < min(
-        itemsize, CHUNK
-    ):
+    """``whole_elements``: lanes are elements, for arithmetic. None for what is too large."""
+    if too_large(shape, strides, out_strides, itemsize, grid_size):
         return None
     _, channels, height, width = shape
     strides = tuple(s if n > 1 else 0 for s, n in zip(strides, shape))
@@ -338,7 +332,7 @@ def saliency_graft(
     ready: bool,
     grid_size: tuple[int, int],
 ) -> Plan | None:
-    """The source: a ``ready`` map, or features. None for what the kernels cannot hold or read."""
+    """The source: a ``ready`` map, or features. None for what is too large, and for no rows."""
     (h, w), (gh, gw) = source_shape[-2:], grid_size
     if rows == 0 or map_too_large((h, w), grid_size):
         return None
