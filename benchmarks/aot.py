@@ -20,7 +20,6 @@ from unittest import mock
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -38,7 +37,7 @@ TARGETS = {
 }
 COPY_BANDWIDTH = 4.3e12
 """Bytes read and written a second, by a large copy on an H200."""
-POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*i1", tl.int1: "*i1"}
+POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*i1"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ROWS = "{:<32} {:<7} {:>5} {:>6} {:>6} {:>5} {:>6} {:>12} {:>6} {:>9} {:>8}"
 
@@ -135,10 +134,11 @@ def main_shapes() -> Iterator[Launch]:
         torch.uint8: "u8",
     }
     for batch, channels, side in ((256, 2048, 7), (128, 640, 8), (256, 768, 14)):
+        images = meta(batch, 3, 32, 32, dtype=torch.bfloat16)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for last in (False, True):
                 features = meta(batch, channels, side, side, dtype=dtype, channels_last=last)
-                recorded = launches_of(operators.channel_saliency, features)[0]
+                recorded = saliency_graft(images, features)[0]
                 name = f"saliency {channels}x{side}x{side} {short[dtype]} {'cl' if last else ''}"
                 yield Launch(name, *recorded, size(features), True)
     for batch, side, cells in ((128, 32, 8), (256, 224, 7)):
@@ -161,6 +161,8 @@ def other_kernels() -> Iterator[Launch]:
     mask, index = meta(64, 7, 7, dtype=torch.bool), meta(64, dtype=torch.int64)
     rows, lam = meta(64, 1000, dtype=torch.float32), meta(64, dtype=torch.float32)
     strided = features[:, :, 1:, 1:]
+    alone = launches_of(operators.channel_saliency, features)[0]
+    yield Launch("saliency alone", *alone, size(features), True)
     yield Launch(
         "saliency given", *saliency_graft(images, None, ready, (7, 7))[0], size(ready), False
     )

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from test_rng import KNOWN_ANSWERS, hex_words
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from sg_kernels import backends, reference, rng
-from sg_kernels.kernels import launch, operators, philox, table
+from sg_kernels.kernels import cells, launch, operators, philox, table
 from sg_kernels.kernels.graft import quotient
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -223,6 +224,14 @@ def test_the_masks_worked_out_again_stay_few(launched):
         assert launched[1][1] <= max(batch, table.PROGRAMS_2 + batch)
 
 
+@pytest.mark.parametrize("batch", [1, 256, 1024, 4096])
+def test_who_writes_a_label_copies_nothing_where_others_can(launched, batch):
+    saliency_graft(meta(batch, 3, 224, 224), features=meta(batch, 2048, 7, 7))
+    function, programs, _, arguments, _ = launched[1]
+    parts = dict(zip(function.arg_names, arguments))["parts"]
+    assert programs == (batch * (parts + 1) if batch < table.PROGRAMS_2 else batch)
+
+
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("address", [0, 1, 2, 4, 8, 24])
 def test_a_chunk_begins_and_ends_on_its_own_multiples(itemsize, address):
@@ -241,19 +250,44 @@ def test_no_window_is_larger_than_its_bound(size):
     assert table.window(size, size + 1) == 1
 
 
-def test_what_32_bits_do_not_count_runs_on_the_reference(launched, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [
+        ((1, 1, 1, 2**16), (1, 2**15)),
+        ((1, 1, 2**16, 1), (2**15, 1)),
+        ((1, 5, 2**13, 2**13), (1, 1)),
+    ],
+)
+def test_images_that_32_bits_do_not_count_have_no_tile(shape, grid):
+    images = meta(*shape)
+    assert operators._tile(images, images, grid) is None
+
+
+def test_strides_that_32_bits_do_not_count_have_no_tile():
+    images, strided = meta(1, 2, 8, 8), meta(1, 2, 2**15, 2**15)[:, :, :8, :8]
+    assert operators._tile(images, images, (1, 1)) is not None
+    assert operators._tile(strided, images, (1, 1)) is None
+    assert operators._tile(images, strided, (1, 1)) is None
+    largest = meta(1, 3, 2**13, 2**13)
+    assert operators._tile(largest, largest, (64, 64)) is not None
+
+
+def test_maps_that_32_bits_do_not_count_are_summed_by_the_reference(launched):
+    for size, grid in (((2**15, 2**15 + 1), (1, 1)), ((2**25, 1), (64, 1)), ((1, 2**25), (1, 64))):
+        assert table.map_too_large(size, grid)
+    assert not table.map_too_large((2**15, 2**15), (64, 64))
+    assert table.map_too_large((7, 7), (65, 64))
+    operators.channel_saliency(meta(1, 1, 2**15, 2**15 + 1))
+    assert launched == []
+
+
+def test_what_is_too_large_runs_on_the_reference(launched, monkeypatch):
     images, mask = torch.rand(4, 3, 8, 8), torch.rand(4, 2, 2) < 0.5
     index = torch.tensor([1, 2, 3, 0])
     expected = reference.graft(images, mask, index)
     gradient = reference.graft_backward(images, mask, index, 1)
-    strided = meta(1, 2, 2**15, 2**15, dtype=torch.uint8)[:, :, :8, :8]
-    assert not operators._too_large(meta(1, 3, 2**13, 2**13), meta(1, 3, 2**13, 2**13), 64, 64)
-    assert operators._too_large(meta(1, 1, 1, 2**16), meta(1, 1, 1, 2**16), 1, 2**15)
-    assert operators._too_large(meta(1, 1, 2**16, 1), meta(1, 1, 2**16, 1), 2**15, 1)
-    assert operators._too_large(meta(1, 5, 2**13, 2**13), meta(1, 5, 2**13, 2**13), 1, 1)
-    assert operators._too_large(strided, meta(1, 2, 8, 8), 1, 1)
-    assert operators._too_large(meta(1, 2, 8, 8), strided, 1, 1)
-    monkeypatch.setattr(table, "too_large", lambda *_: True)
+    for name in ("tile", "saliency_graft"):
+        monkeypatch.setattr(table, name, lambda *_: None)
     assert torch.equal(operators.graft(images, mask, index), expected)
     assert torch.equal(operators.graft_backward(images, mask, index, 1), gradient)
     whole = saliency_graft(
@@ -265,6 +299,24 @@ def test_what_32_bits_do_not_count_runs_on_the_reference(launched, monkeypatch):
     )
     assert torch.equal(whole[0], reference.graft(images, whole[3], whole[2]))
     assert launched == []
+
+
+@pytest.mark.parametrize(
+    ("given", "reads"),
+    [
+        ({"grid_size": (65, 64)}, False),
+        ({"grid_size": (64, 64)}, True),
+        ({"features": meta(8, 1, 2**15, 2**15 + 1)}, False),
+    ],
+)
+def test_what_is_too_large_has_no_plan(given, reads, launched, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        reference, "saliency_graft", lambda *_, **__: ran.append(True) or [meta(1)] * 6
+    )
+    saliency_graft(meta(8, 3, 128, 128), **given)
+    assert bool(launched) is reads
+    assert bool(ran) is not reads
 
 
 @pytest.mark.skipif(not backends.INTERPRETED, reason="no compiled kernel runs on the CPU")
@@ -284,6 +336,23 @@ def store_words(out, seed, block, row, draw, stream):
     tl.store(out + 1, w1.to(tl.int64))
     tl.store(out + 2, w2.to(tl.int64))
     tl.store(out + 3, w3.to(tl.int64))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("norm", "divisions"), [("area", 1), ("l1", 4)])
+def test_lam_is_divided_as_ieee_has_it(norm, divisions):
+    """Approximate division would leave lam of a mask that keeps all short of 1."""
+    signature = {"lam": "*fp32", "own": "*fp32", "mask": "*i1", "NORM": "constexpr"}
+    source = ASTSource(store_label_ratio, signature, constexprs={"NORM": norm})
+    ptx = triton.compile(source, target=HOPPER, options=launch.OPTIONS).asm["ptx"]
+    assert ptx.count("div.rn.f32") == divisions
+
+
+@triton.jit
+def store_label_ratio(lam, own, mask, NORM: tl.constexpr):
+    cell = tl.arange(0, 32)
+    grid, count = tl.load(own + cell), tl.full([], 32, tl.int32)
+    tl.store(lam, cells.label_ratio(grid, grid, tl.load(mask + cell), cell < count, count, NORM))
 
 
 @pytest.mark.skipif(not backends.INTERPRETED, reason="no compiled kernel runs on the CPU")
@@ -328,3 +397,27 @@ def test_a_tile_of_any_width_holds_a_line_and_a_chunk(itemsize, channels_last, w
         assert tile.chunk_count * tile.lanes * tile.unit_bytes == line * itemsize
         assert tile.tiles * tile.lines * tile.chunks >= tile.line_count * tile.chunk_count
         assert tile.lines * tile.chunks <= 1024 * 4
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 16])
+def test_a_tile_leaves_as_few_lanes_idle_as_its_shortest_run_of_a_line_allows(chunk):
+    assert table.chunks_across(84, 16, 128) == 32  # 1344 bytes, of 224 pixels in 3 channels
+    for count in range(1, 600):
+        most = min(triton.next_power_of_2(count), 256)
+        found = table.chunks_across(count, chunk, most)
+        powers = [2**bit for bit in range(9) if 2**bit <= most]
+        allowed = [n for n in powers if n * chunk >= table.MIN_RUN] or [most]
+        assert found in allowed
+        assert -count % found == min(-count % n for n in allowed)
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("cell", [1, 2, 4, 8, 12, 16])
+def test_a_lane_is_the_most_of_a_chunk_that_lies_in_one_cell(itemsize, cell):
+    shape, strides = (2, 3, 16, 16 * cell), (16 * 16 * cell * 3, 16 * 16 * cell, 16 * cell, 1)
+    tile = table.tile(2, shape, strides, strides, itemsize, 16, (16, 16), False, 128)
+    chunk, inside = 16, cell * itemsize & -(cell * itemsize)
+    assert tile.lanes * tile.unit_bytes == chunk
+    assert tile.uniform == (inside >= chunk)
+    assert tile.unit_bytes == min(inside, 8)
+    assert tile.step * itemsize == (chunk if tile.uniform else tile.unit_bytes)

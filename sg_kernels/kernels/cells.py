@@ -42,12 +42,11 @@ def sum_values(
     valid,
     extent,
     window,
-    WINDOWS: tl.constexpr,
     CHECKED: tl.constexpr,
     TERMS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sums what the splits hold for each cell: ``first`` or, of WINDOWS, an ``extent`` from there.
+    """Sums what the splits hold for each cell: ``first``, or where given an ``extent`` from there.
 
     UNROLL times TERMS values are read at once, TERMS of them by threads of their own. Maps that are
     not CHECKED yet are.
@@ -59,7 +58,7 @@ def sum_values(
         for part in tl.static_range(UNROLL):
             split = start + part * TERMS + tl.arange(0, TERMS)[:, None]
             place, inside = first[None, :], valid[None, :]
-            if WINDOWS:
+            if extent is not None:
                 high, wide = extent
                 inner = split % (window_h * window_w)
                 split = split // (window_h * window_w)
@@ -108,14 +107,12 @@ def resample(
             valid,
             extent,
             window,
-            True,
             CHECKED,
             TERMS,
             UNROLL,
         )
         total = total / (high * wide).to(tl.float32)
     else:
-        one = 1, 1
         total = sum_values(
             maps,
             sample,
@@ -124,9 +121,8 @@ def resample(
             map_size,
             cell,
             valid,
-            one,
-            one,
-            False,
+            None,
+            (1, 1),
             CHECKED,
             TERMS,
             UNROLL,
@@ -254,9 +250,14 @@ def label_ratio(own, other, mask, valid, cells, NORM: tl.constexpr):
 
 
 @triton.jit
-def class_ids_known(targets, own, other, num_classes):
-    own_id, other_id = tl.load(targets + own), tl.load(targets + other)
-    return (own_id >= 0) & (own_id < num_classes) & (other_id >= 0) & (other_id < num_classes)
+def classes_of(targets, own, other, known, num_classes, TARGETS: tl.constexpr):
+    """What mix_targets takes for two images, and whether it is ``known``: their class ids, or where
+    targets are rows the images themselves.
+    """
+    if TARGETS == "ids":
+        own, other = tl.load(targets + own), tl.load(targets + other)
+        known = known & (own >= 0) & (own < num_classes) & (other >= 0) & (other < num_classes)
+    return own, other, known
 
 
 @triton.jit
@@ -266,8 +267,8 @@ def mix_targets(
     """Stage 8: the columns ``column`` of a row of mixed targets; NaN where lam is."""
     inside = column < num_classes
     if TARGETS == "ids":
-        own_target = (tl.load(targets + own) == column).to(tl.float32)
-        other_target = (tl.load(targets + other) == column).to(tl.float32)
+        own_target = (own == column).to(tl.float32)
+        other_target = (other == column).to(tl.float32)
     else:
         own_target = tl.load(targets + own * num_classes + column, mask=inside)
         other_target = tl.load(targets + other * num_classes + column, mask=inside)

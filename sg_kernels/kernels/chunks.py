@@ -5,12 +5,10 @@ import triton.language as tl
 
 
 @triton.jit
-def chunks_of(pointer, element: tl.constexpr, LANES: tl.constexpr):
-    """Bytes as elements, known to be aligned to LANES of them.
-
-    What is known is a note on the cast, so the pointer must not be of that type already.
-    """
-    elements = pointer.to(tl.pointer_type(element), bitcast=True)
+def chunks_of(address, element: tl.constexpr, LANES: tl.constexpr):
+    """The memory from ``address``, a multiple of LANES elements, as elements."""
+    address = address.to(tl.int64)  # the interpreter takes 0, of no features, for an int32
+    elements = address.to(tl.pointer_type(element))
     return tl.multiple_of(elements, LANES * element.primitive_bitwidth // 8)
 
 

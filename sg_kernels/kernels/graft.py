@@ -137,8 +137,8 @@ def destination_of(index, row, own, batch):
 
 @kernel
 def saliency_graft_kernel(
-    images,
-    out,
+    images: tl.int64,
+    out: tl.int64,
     maps,
     saliency,
     call_seed,
@@ -201,19 +201,17 @@ def saliency_graft_kernel(
     CHUNKS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A row's tiles are shared out to ``parts`` programs, of which those of all rows start first.
-
-    Each works out its sample's mask; the first also writes it, and lam and the mixed target. Only
-    that happens without GRAFTS.
+    """Each program works out its sample's mask. The first ``rows`` write it, lam and the target of
+    a row each; ``parts`` share out a row's tiles. Where these are several they are other programs,
+    for one that did both would finish last. Without GRAFTS nothing is copied.
     """
     program = tl.program_id(0)
-    row, part = program % rows, program // rows
+    row, part = program % rows, program // rows - (parts > 1).to(tl.int32)
     draw, own = row // batch, (row % batch).to(tl.int64)
     row = row.to(tl.int64)
-    if step is not None and program == 0:
+    if step is not None and program == 0:  # launch 1 has read it
         tl.store(step, tl.load(step) + 1)
 
-    # In an order in which what is read arrives while other stages compute.
     seed = tl.load(call_seed)
     other, known = destination_of(index, row, own, batch)
     map_size, grid_size, window = (h, w), (gh, gw), (window_h, window_w)
@@ -229,7 +227,7 @@ def saliency_graft_kernel(
     )
     kept = cells.sample(keep, cell, valid, own, draw, seed, p, grafts)
 
-    if GRAFTS:
+    if GRAFTS and part >= 0:
         extents = tiles_across, lines, chunks
         sides = channels, height, width, per_channels, per_height, per_width
         strides = channel_stride, y_stride, x_stride
@@ -257,10 +255,11 @@ def saliency_graft_kernel(
                 LANES,
             )
 
-    if part == 0:
+    if program < rows:
         tl.store(mask + row * grid_cells + cell, kept, mask=valid)
-        if TARGETS == "ids":
-            known = known & cells.class_ids_known(targets, own, other, num_classes)
+        own_class, other_class, known = cells.classes_of(
+            targets, own, other, known, num_classes, TARGETS
+        )
         other_grid = cells.resample(
             maps,
             other,
@@ -282,7 +281,16 @@ def saliency_graft_kernel(
             for start in range(0, num_classes, COLUMNS):
                 column = start + tl.arange(0, COLUMNS)
                 cells.mix_targets(
-                    targets, mixed, row, own, other, ratio, column, num_classes, smoothing, TARGETS
+                    targets,
+                    mixed,
+                    row,
+                    own_class,
+                    other_class,
+                    ratio,
+                    column,
+                    num_classes,
+                    smoothing,
+                    TARGETS,
                 )
         if saliency is not None and draw == 0:
             for start in range(0, h * w, CELLS):
@@ -307,8 +315,8 @@ def saliency_graft_kernel(
 
 @kernel
 def graft_kernel(
-    images,
-    out,
+    images: tl.int64,
+    out: tl.int64,
     mask,
     index,
     batch: tl.int32,
@@ -373,8 +381,8 @@ def graft_kernel(
 
 @kernel
 def graft_backward_kernel(
-    grad,
-    out,
+    grad: tl.int64,
+    out: tl.int64,
     mask,
     index,
     batch: tl.int32,
@@ -474,8 +482,7 @@ def mix_targets_kernel(
     own = (row % batch).to(tl.int64)
     row = row.to(tl.int64)
     other, known = destination_of(index, row, own, batch)
-    if TARGETS == "ids":
-        known = known & cells.class_ids_known(targets, own, other, num_classes)
+    own, other, known = cells.classes_of(targets, own, other, known, num_classes, TARGETS)
     lam = tl.where(known, tl.load(weights + row), float("nan"))
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     cells.mix_targets(targets, mixed, row, own, other, lam, column, num_classes, smoothing, TARGETS)

@@ -21,8 +21,8 @@ def kernel(function: Callable[..., None]) -> Any:
     """A Triton kernel whose machine code depends on its constexprs alone, and on what is None.
 
     Triton would also compile anew for an integer that is 1 or a multiple of 16, and for an address
-    that is. What the kernels need to know of alignment is in their constexprs; so is what the bytes
-    of images and features mean, while each other pointer has one type always.
+    that is. What the kernels need to know of alignment is in their constexprs; so is what lies at
+    the addresses of images and features, while pointers have one type always.
     """
     runtime = [
         name

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton import reinterpret
 
 from sg_kernels import reference, rng
 from sg_kernels.kernels import table
@@ -22,8 +21,6 @@ from sg_kernels.kernels.graft import (
 from sg_kernels.kernels.launch import launch
 from sg_kernels.kernels.saliency import SAMPLES, saliency_kernel
 
-BYTES = tl.int1
-"""The type of pointers to images and features: none that they are read as, see chunks_of."""
 UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 """Images are copied as integers of so many bytes, whatever they are."""
 FLOATS = {
@@ -50,26 +47,12 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def _empty(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=tensor.device)
-
-
-def _saliency_plan(features: Tensor) -> table.Saliency:
-    return table.saliency(
-        tuple(features.shape),
-        features.stride(),
-        features.element_size(),
-        table.alignment(features.data_ptr()),
-    )
-
-
 def _tile(
     images: Tensor,
     out: Tensor,
     mask_size: tuple[int, int],
     arithmetic: bool = False,
-    threads: int = table.THREADS,
-) -> table.Tile:
+) -> table.Tile | None:
     return table.tile(
         out.shape[0],
         tuple(images.shape),
@@ -79,7 +62,7 @@ def _tile(
         table.alignment(images.data_ptr(), out.data_ptr()),
         mask_size,
         arithmetic,
-        threads,
+        table.THREADS,
     )
 
 
@@ -98,20 +81,27 @@ def _geometry(tile: table.Tile) -> tuple[int, ...]:
 
 def channel_saliency(features: Tensor) -> Tensor:
     batch, _, h, w = features.shape
-    saliency = _empty(features, (batch, h, w), torch.float32)
+    saliency = features.new_empty((batch, h, w), dtype=torch.float32)
     if saliency.numel() == 0:
         return saliency
-    plan = _saliency_plan(features)
+    if table.map_too_large((h, w), (1, 1)):
+        return reference.channel_saliency(features)
+    plan = table.saliency(
+        tuple(features.shape),
+        features.stride(),
+        features.element_size(),
+        table.alignment(features.data_ptr()),
+    )
     partials = saliency
     if plan.splits > 1:
-        partials = _empty(features, (plan.splits, batch, h, w), torch.float32)
+        partials = features.new_empty((plan.splits, batch, h, w), dtype=torch.float32)
     with _on(features):
         launch(
             saliency_kernel,
             batch * plan.splits * plan.tiles,
             table.THREADS,
             (
-                reinterpret(features, BYTES),
+                features.data_ptr(),
                 partials,
                 None,
                 batch,
@@ -145,27 +135,22 @@ def graft(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def _too_large(images: Tensor, out: Tensor, gh: int, gw: int) -> bool:
-    shape, strides = tuple(images.shape), images.stride()
-    return table.too_large(shape, strides, out.stride(), images.element_size(), (gh, gw))
-
-
 def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
     if out.numel() == 0:
         return
     gh, gw = mask.shape[1:]
-    if _too_large(images, out, gh, gw):
+    tile = _tile(images, out, (gh, gw))
+    if tile is None:
         reference.graft(images, mask, index, out)
         return
-    tile = _tile(images, out, (gh, gw))
     with _on(images):
         launch(
             graft_kernel,
             out.shape[0] * tile.tiles,
             table.THREADS,
             (
-                reinterpret(images, BYTES),
-                reinterpret(out, BYTES),
+                images.data_ptr(),
+                out.data_ptr(),
                 mask.contiguous(),
                 index.contiguous(),
                 images.shape[0],
@@ -184,10 +169,7 @@ def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
 
 
 def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int) -> Tensor:
-    rows, gh, gw = mask.shape
-    out = reference.empty_rows(grad, rows // augmentations)
-    if _too_large(grad, out, gh, gw):
-        return reference.graft_backward(grad, mask, index, augmentations)
+    out = reference.empty_rows(grad, mask.shape[0] // augmentations)
     if grad.is_complex():  # the real and the imaginary numbers, each a strided batch
         _graft_backward(grad.real, mask, index, out.real)
         _graft_backward(grad.imag, mask, index, out.imag)
@@ -201,14 +183,17 @@ def _graft_backward(grad: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> N
         return
     gh, gw = mask.shape[1:]
     tile = _tile(grad, out, (gh, gw), arithmetic=True)
+    if tile is None:
+        out.copy_(reference.graft_backward(grad, mask, index, mask.shape[0] // out.shape[0]))
+        return
     with _on(grad):
         launch(
             graft_backward_kernel,
             out.shape[0] * tile.tiles,
             table.THREADS,
             (
-                reinterpret(grad, BYTES),
-                reinterpret(out, BYTES),
+                grad.data_ptr(),
+                out.data_ptr(),
                 mask.contiguous(),
                 index.contiguous(),
                 out.shape[0],
@@ -231,7 +216,7 @@ def mix_targets(
     targets: Tensor, lam: Tensor, index: Tensor, num_classes: int, label_smoothing: float
 ) -> Tensor:
     rows = lam.shape[0]
-    mixed = _empty(lam, (rows, num_classes), torch.float32)
+    mixed = lam.new_empty((rows, num_classes), dtype=torch.float32)
     if mixed.numel() == 0:
         return mixed
     tiles = _blocks(num_classes, COLUMNS.value)
@@ -261,15 +246,30 @@ def saliency_graft(images: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def saliency_graft_out(out: Tensor, images: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    (gh, gw), (h, w) = args[_GRID_SIZE], (args[0] if args[1] is None else args[1]).shape[-2:]
-    held = gh * gw <= table.MAX_CELLS and max(h * gh, w * gw, h * w) <= table.MAX_EXTENT
-    if held and not _too_large(images, out, gh, gw):
-        return _saliency_graft_out(out, images, *args)
+    features, saliency = args[:2]
+    source = features if saliency is None else saliency
+    plan = table.saliency_graft(
+        out.shape[0],
+        tuple(images.shape),
+        images.stride(),
+        out.stride(),
+        images.element_size(),
+        table.alignment(images.data_ptr(), out.data_ptr()),
+        tuple(source.shape),
+        source.stride(),
+        source.element_size(),
+        table.alignment(source.data_ptr()),
+        saliency is not None,
+        tuple(args[_GRID_SIZE]),
+    )
+    if plan is not None:
+        return _saliency_graft_out(plan, out, images, *args)
     _, lam, index, *rest = reference.saliency_graft(images, *args, out=out)  # type: ignore[misc]
     return lam, index.clone(), *rest
 
 
 def _saliency_graft_out(
+    plan: table.Plan,
     out: Tensor,
     images: Tensor,
     features: Tensor | None,
@@ -298,47 +298,40 @@ def _saliency_graft_out(
     assert source is not None
     batch, (h, w) = images.shape[0], source.shape[-2:]
     rows = out.shape[0]
-    lam = _empty(images, (rows,), torch.float32)
-    paired = _empty(images, (rows,), torch.int64)
-    mask = _empty(images, (rows, gh, gw), torch.bool)
-    mapped = _empty(images, (batch, h, w), torch.float32)
-    mixed = _empty(images, (rows, 0 if targets is None else num_classes), torch.float32)
-    if rows == 0:
-        if step is not None:
-            step.add_(1)
-        return lam, paired, mask, mapped, mixed
+    lam = images.new_empty((rows,), dtype=torch.float32)
+    paired = images.new_empty((rows,), dtype=torch.int64)
+    mask = images.new_empty((rows, gh, gw), dtype=torch.bool)
+    mapped = images.new_empty((batch, h, w), dtype=torch.float32)
+    mixed = images.new_empty((rows, 0 if targets is None else num_classes), dtype=torch.float32)
 
-    window_h, window_w = table.window(h, gh), table.window(w, gw)
-    grid, maps, whole_map = None, mapped, None
-    if saliency is None:
-        plan = _saliency_plan(source)
-        if plan.splits > 1:
-            maps, whole_map = _empty(images, (plan.splits, batch, h, w), torch.float32), mapped
-        partials = maps
-    else:
-        plan = table.given(h * w, gh * gw, window_h * window_w)
-        partials = mapped
-        if (gh, gw) != (h, w):
-            grid = maps = _empty(images, (batch, gh, gw), torch.float32)
-    call_seed = _empty(images, (1,), torch.int64)
+    summed, cells, tile, (window_h, window_w), parts, at_once = plan
+    grid, partials, whole_map = None, mapped, None
+    if summed.splits > 1:
+        partials, whole_map = (
+            images.new_empty((summed.splits, batch, h, w), dtype=torch.float32),
+            mapped,
+        )
+    elif saliency is not None and (gh, gw) != (h, w):
+        grid = images.new_empty((batch, gh, gw), dtype=torch.float32)
+    call_seed = images.new_empty((1,), dtype=torch.int64)
     on_host = seed.device != images.device
     pairing_programs = augmentations * _blocks(batch, SAMPLES.value)
     with _on(images):
         launch(
             saliency_kernel,
-            pairing_programs + batch * plan.splits * plan.tiles,
+            pairing_programs + batch * summed.splits * summed.tiles,
             table.THREADS,
             (
-                reinterpret(source, BYTES),
+                source.data_ptr(),
                 partials,
                 grid,
                 batch,
-                plan.tiles,
-                plan.splits,
-                plan.row_count,
+                summed.tiles,
+                summed.splits,
+                summed.row_count,
                 h,
                 w,
-                *plan.strides,
+                *summed.strides,
                 gh,
                 gw,
                 window_h,
@@ -354,28 +347,23 @@ def _saliency_graft_out(
             ),
             no_fixed_points,
             FLOATS[source.dtype],
-            plan.layout,
-            plan.planes,
-            plan.rows,
-            plan.chunks,
-            plan.lanes,
-            plan.unroll,
+            summed.layout,
+            summed.planes,
+            summed.rows,
+            summed.chunks,
+            summed.lanes,
+            summed.unroll,
         )
         if grid is not None:
             h, w, window_h, window_w = gh, gw, 1, 1
-        terms = plan.splits * window_h * window_w
-        cells = table.cells(gh * gw, terms)
-        tile = _tile(images, out, (gh, gw), threads=cells.threads)
-        at_once = gh * gw <= table.MAX_CELLS_IN_LAUNCH_2 and terms <= table.MAX_TERMS_IN_LAUNCH_2
-        parts = min(tile.tiles, _blocks(table.PROGRAMS_2, rows)) if at_once else 1
         launch(
             saliency_graft_kernel,
-            rows * parts,
+            rows * (parts + (parts > 1)),
             cells.threads,
             (
-                reinterpret(images, BYTES),
-                reinterpret(out, BYTES),
-                maps,
+                images.data_ptr(),
+                out.data_ptr(),
+                partials if grid is None else grid,
                 whole_map,
                 call_seed,
                 step,
@@ -389,7 +377,7 @@ def _saliency_graft_out(
                 rows,
                 parts,
                 *_geometry(tile),
-                plan.splits,
+                summed.splits,
                 h,
                 w,
                 gh,

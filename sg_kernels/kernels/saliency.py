@@ -52,6 +52,7 @@ def sum_planes(
     are several, the program's columns, CHUNKS * LANES, hold the whole row.
     """
     COLUMNS: tl.constexpr = CHUNKS * LANES
+    CELLS: tl.constexpr = COLUMNS // PLANES
     chunk = tile * CHUNKS + tl.arange(0, CHUNKS)
     chunk_offset = chunk.to(tl.int64) if DENSE else chunk // w * y_stride + chunk % w * x_stride
     total = tl.zeros([ROWS, CHUNKS, LANES], tl.float32)
@@ -63,12 +64,12 @@ def sum_planes(
             value = load_chunks(features, offset, inside, LANES)
             total += tl.abs(value).to(tl.float32)
     sums = tl.reshape(tl.sum(total, axis=0), [COLUMNS])
-    column = tl.arange(0, COLUMNS)
-    folded = sums
-    for plane in tl.static_range(1, PLANES):
-        folded += tl.gather(sums, (column + plane * map_cells) % COLUMNS, 0)
-    cell = tile * COLUMNS + column
-    tl.store(partial + cell, folded, mask=cell < map_cells)
+    cell = tile * CELLS + tl.arange(0, CELLS)
+    if PLANES > 1:  # in one tile, whose CELLS >= map_cells: no place lies beyond the columns
+        place = tl.arange(0, PLANES)[:, None] * map_cells + cell[None, :]
+        sums = tl.gather(sums, tl.ravel(place), 0)
+        sums = tl.sum(tl.reshape(sums, [PLANES, CELLS]), axis=0)
+    tl.store(partial + cell, sums, mask=cell < map_cells)
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def check_map(
 
 @kernel
 def saliency_kernel(
-    source,
+    source: tl.int64,
     partials,
     grid,
     batch: tl.int32,

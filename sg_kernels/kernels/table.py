@@ -34,6 +34,8 @@ PROGRAMS_2 = 2048
 More would work out more masks again."""
 MIN_PROGRAMS = 264
 """Tiles are made smaller until there are so many."""
+MIN_RUN = 256
+"""Bytes of a line that a tile takes at least, so that what is read at once stays together."""
 PARTIAL_BYTES = 1 << 20
 """What the partial sums of all splits may take."""
 
@@ -87,6 +89,20 @@ class Cells(NamedTuple):
     unroll: int
     """and so often by the same."""
     threads: int
+
+
+class Plan(NamedTuple):
+    """Both launches of a call."""
+
+    saliency: Saliency
+    cells: Cells
+    tile: Tile
+    window: tuple[int, int]
+    """The most of a map's rows and columns that a cell of the grid averages over."""
+    parts: int
+    """So many programs of launch 2 share out the tiles of a row."""
+    at_once: bool
+    """Whether they do; else a third launch copies."""
 
 
 def alignment(*addresses: int) -> int:
@@ -191,7 +207,12 @@ def given(map_cells: int, grid_cells: int, terms: int) -> Saliency:
     return Saliency("given", 1, at_once, cells, 1, 1, tiles, 1, 0, (0, 0, 0, 0))
 
 
-@lru_cache(maxsize=1024)
+def map_too_large(map_size: tuple[int, int], grid_size: tuple[int, int]) -> bool:
+    """Whether a map, or a side and its cells, is beyond MAX_EXTENT, or a grid beyond MAX_CELLS."""
+    (h, w), (gh, gw) = map_size, grid_size
+    return max(h * w, h * gh, w * gw) > MAX_EXTENT or gh * gw > MAX_CELLS
+
+
 def too_large(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
@@ -208,6 +229,16 @@ def too_large(
     return max(counts) > MAX_EXTENT
 
 
+def chunks_across(chunk_count: int, chunk: int, most: int) -> int:
+    """How many chunks of a line lie in a tile: a power of two that leaves the fewest lanes idle."""
+    best = chunks = most
+    while chunks * chunk > MIN_RUN:
+        chunks //= 2
+        if cdiv(chunk_count, chunks) * chunks < cdiv(chunk_count, best) * best:
+            best = chunks
+    return best
+
+
 @lru_cache(maxsize=1024)
 def tile(
     rows: int,
@@ -219,8 +250,10 @@ def tile(
     grid_size: tuple[int, int],
     whole_elements: bool,
     threads: int,
-) -> Tile:
-    """``whole_elements``: lanes are elements, for arithmetic on them."""
+) -> Tile | None:
+    """``whole_elements``: lanes are elements, for arithmetic. None for what is too large."""
+    if too_large(shape, strides, out_strides, itemsize, grid_size):
+        return None
     _, channels, height, width = shape
     strides = tuple(s if n > 1 else 0 for s, n in zip(strides, shape))
     out_strides = tuple(s if n > 1 else 0 for s, n in zip(out_strides, (rows, *shape[1:])))
@@ -241,15 +274,12 @@ def tile(
     pixel = channels * itemsize if channels_last else itemsize
     unit = alignment(chunk, *(cdiv(g * width, gw) * pixel for g in range(1, gw)))
     uniform = unit == chunk
-    if whole_elements:
-        unit_bytes = itemsize
-    else:
-        unit_bytes = min(unit, 4) if uniform else max(itemsize, min(unit, 4))
+    unit_bytes = itemsize if whole_elements else min(unit, 8)
     lanes = chunk // unit_bytes
 
     # Accesses in flight for each thread; one where narrow lanes take a register each.
     size = max(4 * threads, 256) if unit_bytes >= 4 or lanes == 1 else threads
-    chunks = min(next_power_of_2(max(1, chunk_count)), 256, size)
+    chunks = chunks_across(chunk_count, chunk, min(next_power_of_2(max(1, chunk_count)), 256, size))
     lines = min(size // chunks, next_power_of_2(max(1, line_count)))
     while (
         lines > 1 and lines * chunks > 2 * threads and rows * cdiv(line_count, lines) < MIN_PROGRAMS
@@ -285,3 +315,39 @@ def cells(grid_cells: int, terms: int) -> Cells:
     # One warp needs no barriers.
     threads = 32 if block <= 64 else THREADS if block <= 1024 else 1024
     return Cells(block, 1, min(terms, 4), threads)
+
+
+@lru_cache(maxsize=1024)
+def saliency_graft(
+    rows: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    out_strides: tuple[int, ...],
+    itemsize: int,
+    aligned: int,
+    source_shape: tuple[int, ...],
+    source_strides: tuple[int, ...],
+    source_itemsize: int,
+    source_aligned: int,
+    ready: bool,
+    grid_size: tuple[int, int],
+) -> Plan | None:
+    """The source: a ``ready`` map, or features. None for what is too large, and for no rows."""
+    (h, w), (gh, gw) = source_shape[-2:], grid_size
+    if rows == 0 or map_too_large((h, w), grid_size):
+        return None
+    windows = window(h, gh), window(w, gw)
+    if ready:  # launch 1 resamples it
+        summed, terms = given(h * w, gh * gw, windows[0] * windows[1]), 1
+    else:
+        summed = saliency(source_shape, source_strides, source_itemsize, source_aligned)
+        terms = summed.splits * windows[0] * windows[1]
+    held = cells(gh * gw, terms)
+    copied = tile(
+        rows, shape, strides, out_strides, itemsize, aligned, grid_size, False, held.threads
+    )
+    if copied is None:
+        return None
+    at_once = gh * gw <= MAX_CELLS_IN_LAUNCH_2 and terms <= MAX_TERMS_IN_LAUNCH_2
+    parts = min(copied.tiles, cdiv(PROGRAMS_2, rows)) if at_once else 1
+    return Plan(summed, held, copied, windows, parts, at_once)
