@@ -187,6 +187,8 @@ def check_out(out: Any, images: Tensor, rows: int, **others: Tensor | None) -> N
             other_begin, other_end = _memory(other)
             if begin < other_end and other_begin < end:
                 raise ValueError(f"out must not lie in the memory that {name} spans")
+    if out.is_contiguous():
+        return
     reach = 0
     for stride, size in sorted(zip(out.stride(), out.shape)):
         if size > 1 and stride <= reach:
@@ -311,8 +313,10 @@ def _is_int(value: Any) -> TypeGuard[int]:
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
     """Where a tensor's first element begins, and where its last one ends."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return begin, begin + (last + 1) * tensor.itemsize
 
 

@@ -82,27 +82,26 @@ struct Vector {
   }
 };
 
-// Adds the sums over some channels of kVectors vectors of a plane, at the given offsets, to
-// `total`.
-template <int kVectors, int kLanes, class T>
+// Adds the sums over some channels of the vectors of a tile, at the given offsets, to `total`. Of a
+// constant number the sums stay in registers.
+template <int kLanes, class T>
 SG_INLINE void add_vectors(
     const T* x, std::int64_t channels, std::int64_t stride, const std::int64_t* offset,
-    Vector<kLanes>* total) {
-  Vector<kLanes> part[kVectors] = {};
+    std::int64_t vectors, Vector<kLanes>* total) {
+  Vector<kLanes> part[kTile / kLanes];
+  for (std::int64_t v = 0; v < vectors; ++v) part[v] = Vector<kLanes>{};
   for (std::int64_t k = 0; k < channels; ++k)
-    for (int v = 0; v < kVectors; ++v)
+    for (std::int64_t v = 0; v < vectors; ++v)
       part[v] += Vector<kLanes>::magnitudes(x + k * stride + offset[v]);
-  for (int v = 0; v < kVectors; ++v) total[v] += part[v];
+  for (std::int64_t v = 0; v < vectors; ++v) total[v] += part[v];
 }
 
-// Up to kTile cells, from `begin`, of a contiguous plane of at least kLanes, a block of channels at
-// a time: nearly in the order of memory. The plane's last vector overlaps the one before it rather
-// than leave a tail.
+// Up to kTile cells, from `begin`, of a contiguous plane of at least kLanes, in the order of
+// memory. The plane's last vector overlaps the one before it rather than leave a tail.
 template <int kLanes, class T>
 SG_INLINE void sum_tile(
     const T* x, std::int64_t channels, std::int64_t stride, std::int64_t cells, std::int64_t begin,
     float* out) {
-  constexpr int kRegisters = 8;  // vectors whose sums stay in registers
   const std::int64_t vectors = (std::min(kTile, cells - begin) + kLanes - 1) / kLanes;
   std::int64_t offset[kTile / kLanes];
   Vector<kLanes> total[kTile / kLanes];
@@ -112,18 +111,17 @@ SG_INLINE void sum_tile(
   }
   for (std::int64_t k = 0; k < channels; k += kBlock) {
     const std::int64_t count = std::min(kBlock, channels - k);
-    for (std::int64_t v = 0; v < vectors; v += kRegisters) {
-      const T* from = x + k * stride;
-      switch (vectors - v) {
-        case 1: add_vectors<1, kLanes>(from, count, stride, offset + v, total + v); break;
-        case 2: add_vectors<2, kLanes>(from, count, stride, offset + v, total + v); break;
-        case 3: add_vectors<3, kLanes>(from, count, stride, offset + v, total + v); break;
-        case 4: add_vectors<4, kLanes>(from, count, stride, offset + v, total + v); break;
-        case 5: add_vectors<5, kLanes>(from, count, stride, offset + v, total + v); break;
-        case 6: add_vectors<6, kLanes>(from, count, stride, offset + v, total + v); break;
-        case 7: add_vectors<7, kLanes>(from, count, stride, offset + v, total + v); break;
-        default: add_vectors<8, kLanes>(from, count, stride, offset + v, total + v); break;
-      }
+    const T* from = x + k * stride;
+    switch (vectors) {
+      case 1: add_vectors<kLanes>(from, count, stride, offset, 1, total); break;
+      case 2: add_vectors<kLanes>(from, count, stride, offset, 2, total); break;
+      case 3: add_vectors<kLanes>(from, count, stride, offset, 3, total); break;
+      case 4: add_vectors<kLanes>(from, count, stride, offset, 4, total); break;
+      case 5: add_vectors<kLanes>(from, count, stride, offset, 5, total); break;
+      case 6: add_vectors<kLanes>(from, count, stride, offset, 6, total); break;
+      case 7: add_vectors<kLanes>(from, count, stride, offset, 7, total); break;
+      case 8: add_vectors<kLanes>(from, count, stride, offset, 8, total); break;
+      default: add_vectors<kLanes>(from, count, stride, offset, vectors, total); break;
     }
   }
   for (std::int64_t v = 0; v < vectors; ++v) total[v].store(out + offset[v]);
