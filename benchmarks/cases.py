@@ -171,18 +171,20 @@ def paper(device: str, quick: bool) -> list[Case]:
 def growth(device: str, quick: bool) -> dict[str, list[tuple[int, Case]]]:
     """How cost grows along one axis at a time, from the CIFAR shape."""
 
-    def base(batch: int, channels: int = 640, **options: Any) -> Case:
+    batches, channels, own, batch = [1, 4, 16, 64, 256, 1024], [64, 256, 1024, 4096], 640, 128
+    grids, augmentations = [1, 2, 4, 8, 16, 32], [1, 2, 4, 8]
+    if quick:
+        batches, channels, own, batch = [1, 2], [4, 8], 8, 2
+        grids, augmentations = [1, 2], [1, 2]
+
+    def base(batch: int = batch, channels: int = own, **options: Any) -> Case:
         return wrn("", batch, channels, **options)
 
-    batches, channels = [1, 4, 16, 64, 256, 1024], [64, 256, 1024, 4096]
-    grids, augmentations, batch = [1, 2, 4, 8, 16, 32], [1, 2, 4, 8], 128
-    if quick:
-        batches, channels, grids, augmentations, batch = [1, 2], [4, 8], [1, 2], [1, 2], 2
     axes = {
-        "batch": [(n, base(n, channels[-1] if quick else 640)) for n in batches],
-        "channels": [(n, base(batch, n)) for n in channels],
-        "grid": [(n, base(batch, channels[0], grid_size=(n, n))) for n in grids],
-        "augmentations": [(n, base(batch, channels[0], augmentations=n)) for n in augmentations],
+        "batch": [(n, base(n)) for n in batches],
+        "channels": [(n, base(channels=n)) for n in channels],
+        "grid": [(n, base(channels=channels[0], grid_size=(n, n))) for n in grids],
+        "augmentations": [(n, base(augmentations=n)) for n in augmentations],
     }
     return {
         axis: [(n, case._replace(name=f"{axis}={n}")) for n, case in points]

@@ -45,6 +45,7 @@ from sg_kernels import ops
 AT_LEAST_NS = 2e6
 TIME, DEVICE_TIME, HOST_TIME = "time", "device time", "host time"
 WAITS = "it waits for the device"
+N_CALLS = "time / n calls of one"
 
 
 def main() -> None:
@@ -377,35 +378,37 @@ def grow(
     points: list[tuple[int, Case]], device: str, clock: DeviceClock | None, rounds: int
 ) -> Iterator[list[Row]]:
     """Ours, the reference and the floor along one axis."""
-    rows = []
     figure = TIME if clock is None else DEVICE_TIME
+    own = [candidate for backend in own_backends(device) for candidate in ours(backend)[:2]]
     for _, case in points:
-        own = [candidate for backend in own_backends(device) for candidate in ours(backend)[:2]]
-        prepared = Prepared(case, [*own, EAGER, copies()[0]], device)
+        repeated = {c.name: n_calls_of_one(c) for c in (*own, EAGER) if case.augmentations > 1}
+        prepared = Prepared(case, [*own, EAGER, copies()[0], *repeated.values()], device)
         if clock is None:
             samples, notes = prepared.wall_times(rounds), {}
         else:
             samples, notes = prepared.device_times(clock, rounds)
-        found = time_rows(case, prepared.candidates, samples, figure, notes)
-        rows += found
-        yield found + prepared.absent_rows([*prepared.absent, *prepared.absent_on_device])
-    yield several_for_one(rows, points, figure)
+        once = [candidate for candidate in prepared.candidates if candidate.traffic is not None]
+        rows = time_rows(case, once, samples, figure, notes)
+        for name, several in repeated.items():
+            if name in samples and several.name in samples:
+                ratio = samples[name] / samples[several.name]
+                rows.append(row_of(case.name, case.shape, name, N_CALLS, ratio, "x"))
+        yield rows + prepared.absent_rows([*prepared.absent, *prepared.absent_on_device])
 
 
-def several_for_one(rows: list[Row], points: list[tuple[int, Case]], figure: str) -> list[Row]:
-    """What one call with n augmentations takes, over n calls."""
-    ratios = []
-    for n, case in points:
-        if case.augmentations == 1:
-            continue
-        single = case.name.replace(f"={n}", "=1")
-        for row in [row for row in rows if (row.case, row.figure) == (case.name, figure)]:
-            one = results.find(rows, single, row.candidate, figure)
-            if one and one.value and row.value and row.candidate != COPY:
-                value = results.significant(row.value / (n * one.value))
-                where = (case.name, case.shape, row.candidate)
-                ratios.append(Row(*where, "time / n calls of one", value, "x"))
-    return ratios
+def n_calls_of_one(candidate: Candidate) -> Candidate:
+    """Instead of a call with n augmentations."""
+
+    def build(case: Case, data: cases.Data) -> Call:
+        one = candidate.build(case._replace(augmentations=1), data)
+
+        def call() -> None:
+            for _ in range(case.augmentations):
+                one()
+
+        return call
+
+    return Candidate(f"{candidate.name}, n calls of one", build, capturable=candidate.capturable)
 
 
 if __name__ == "__main__":
