@@ -108,9 +108,12 @@ def versions() -> str:
 
 
 def git_commit() -> str:
-    """The commit, with a + where tracked files have changed since."""
-    git = ["git", "--no-optional-locks", "-C", str(RESULTS.parent)]
-    return output_of([*git, "describe", "--always", "--exclude=*", "--dirty=+"]) or "unknown"
+    """The commit, with a + where what is measured has changed since, not only the results."""
+    git = ["git", "--no-optional-locks", "-C", str(RESULTS.parents[1])]
+    commit = output_of([*git, "rev-parse", "--short", "HEAD"])
+    written = f":!{RESULTS.relative_to(RESULTS.parents[1])}"
+    changed = output_of([*git, "status", "--porcelain", "-uno", "--", ".", written, ":!README.md"])
+    return commit + "+" * bool(changed) if commit else "unknown"
 
 
 def output_of(command: list[str]) -> str:

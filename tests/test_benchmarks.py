@@ -403,6 +403,29 @@ def test_a_whole_run_under_the_device_clock(fake_cuda, monkeypatch):
     assert {"host time", "launches per call", "host syncs per call"} <= counted
 
 
+def test_the_commit_is_marked_where_more_than_results_has_changed(tmp_path, monkeypatch):
+    def git(*command):
+        identity = ("-c", "user.name=x", "-c", "user.email=x")
+        return subprocess.run(
+            ["git", "-C", tmp_path, *identity, *command], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    directory = tmp_path / "benchmarks" / "results"
+    monkeypatch.setattr(results, "RESULTS", directory)
+    directory.mkdir(parents=True)
+    assert results.git_commit() == "unknown"
+    for name in ("code.py", "benchmarks/results/cpu.csv"):
+        (tmp_path / name).write_text("one")
+    git("init", "--quiet")
+    git("add", "--all")
+    git("commit", "--quiet", "--message=x")
+    commit = git("rev-parse", "--short", "HEAD")
+    (directory / "cpu.csv").write_text("two")
+    assert results.git_commit() == commit
+    (tmp_path / "code.py").write_text("two")
+    assert results.git_commit() == f"{commit}+"
+
+
 def test_a_call_of_n_augmentations_is_held_against_n_calls_of_one():
     calls = []
 
