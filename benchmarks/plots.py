@@ -25,7 +25,7 @@ AXES = {
     "batch": "batch of 3x32x32 images, 640x8x8 features",
     "channels": "channels of the 8x8 features of 128 images",
     "grid": "cells along a side; 128 images, 64x8x8 features",
-    "augmentations": "augmentations of 128 images, 64x8x8 features",
+    "augmentations": "augmentations of 128 images, 640x8x8 features",
 }
 HEADLINES = ("cifar", "imagenet")
 UNDRAWN = ("channel_saliency", "map given", "sum of", "of the images", "one element")
