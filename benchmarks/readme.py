@@ -65,7 +65,7 @@ class Target(NamedTuple):
         else:
             met = all(row.value >= self.bound for row in found)
         bound = f"{self.sense} {with_unit(f'{self.bound:g}', found[0].unit)}"
-        measured = ", ".join(f"{row.case}: {shown(row)}" for row in found)
+        measured = ", ".join(f"{row.case}: {shown(row, 3)}" for row in found)
         return f"| {self.words} | {bound} | {measured} | {'met' if met else 'short'} |"
 
 
@@ -224,10 +224,10 @@ def code(candidate: str) -> str:
     return f"`{name}`" + {"": "", "out=": " with `out=`", "targets": " with targets"}[given]
 
 
-def shown(row: Row) -> str:
+def shown(row: Row, ratio_digits: int = 2) -> str:
     if row.unit == "KiB":  # whole pages
         return with_unit(f"{row.value:.0f}", row.unit)
-    digits = 2 if row.unit == "x" else 3
+    digits = ratio_digits if row.unit == "x" else 3
     value = float(f"{row.value:.{digits}g}")
     decimals = max(0, digits - 1 - exponent(value))
     return with_unit(f"{value:.{decimals}f}", row.unit)
