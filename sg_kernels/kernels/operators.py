@@ -47,23 +47,35 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def _tile(
-    images: Tensor,
-    out: Tensor,
-    mask_size: tuple[int, int],
-    arithmetic: bool = False,
-) -> table.Tile | None:
-    return table.tile(
+def _layout(source: Tensor) -> tuple[Any, ...]:
+    """What the launch table asks of features."""
+    return (
+        tuple(source.shape),
+        source.stride(),
+        source.element_size(),
+        table.alignment(source.data_ptr()),
+    )
+
+
+def _copy_layout(images: Tensor, out: Tensor) -> tuple[Any, ...]:
+    """What it asks of images, and of where they are copied to."""
+    return (
         out.shape[0],
         tuple(images.shape),
         images.stride(),
         out.stride(),
         images.element_size(),
         table.alignment(images.data_ptr(), out.data_ptr()),
-        mask_size,
-        arithmetic,
-        table.THREADS,
     )
+
+
+def _tile(
+    images: Tensor,
+    out: Tensor,
+    mask_size: tuple[int, int],
+    arithmetic: bool = False,
+) -> table.Tile | None:
+    return table.tile(*_copy_layout(images, out), mask_size, arithmetic, table.THREADS)
 
 
 def _geometry(tile: table.Tile) -> tuple[int, ...]:
@@ -86,12 +98,7 @@ def channel_saliency(features: Tensor) -> Tensor:
         return saliency
     if table.map_too_large((h, w), (1, 1)):
         return reference.channel_saliency(features)
-    plan = table.saliency(
-        tuple(features.shape),
-        features.stride(),
-        features.element_size(),
-        table.alignment(features.data_ptr()),
-    )
+    plan = table.saliency(*_layout(features))
     partials = saliency
     if plan.splits > 1:
         partials = features.new_empty((plan.splits, batch, h, w), dtype=torch.float32)
@@ -249,16 +256,8 @@ def saliency_graft_out(out: Tensor, images: Tensor, *args: Any) -> tuple[Tensor,
     features, saliency = args[:2]
     source = features if saliency is None else saliency
     plan = table.saliency_graft(
-        out.shape[0],
-        tuple(images.shape),
-        images.stride(),
-        out.stride(),
-        images.element_size(),
-        table.alignment(images.data_ptr(), out.data_ptr()),
-        tuple(source.shape),
-        source.stride(),
-        source.element_size(),
-        table.alignment(source.data_ptr()),
+        *_copy_layout(images, out),
+        *_layout(source),
         saliency is not None,
         tuple(args[_GRID_SIZE]),
     )

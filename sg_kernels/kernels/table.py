@@ -198,7 +198,6 @@ def saliency(
     )
 
 
-@lru_cache(maxsize=1024)
 def given(map_cells: int, grid_cells: int, terms: int) -> Saliency:
     """How launch 1 checks a ready map and resamples it to ``grid_cells``, of ``terms`` each."""
     at_once = 1 if terms == 1 else 16 if terms <= 16 else 256
@@ -305,7 +304,6 @@ def tile(
     )
 
 
-@lru_cache(maxsize=1024)
 def cells(grid_cells: int, terms: int) -> Cells:
     block = next_power_of_2(grid_cells)
     if block <= MAX_CELLS_IN_LAUNCH_2:
