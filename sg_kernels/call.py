@@ -1,0 +1,94 @@
+"""One call of the operator saliency_graft: what every backend is given, and what it gives back."""
+
+from typing import NamedTuple, get_type_hints
+
+from torch import Tensor
+
+NORMALIZE = ("max", "mean", "none")
+"""What :attr:`Call.normalize` counts: the divisors of the map before the softmax."""
+NORM = ("l1", "l2", "l2sq", "area")
+"""What :attr:`Call.norm` counts: the norms of surviving saliency; "area" ignores saliency."""
+
+
+class Call(NamedTuple):
+    """The arguments of the operator, in order; its schema is generated from these annotations.
+
+    Shapes: B images, rows = augmentations * B outputs, grid_size = (gh, gw). The operator trusts
+    them: :mod:`sg_kernels.functional` checks what a user gives.
+    """
+
+    images: Tensor
+    """(B, C, H, W)."""
+    seed: Tensor
+    """int64 (1,), on the CPU or on the device of the images."""
+    grid_size: tuple[int, int]
+    temperature: float
+    threshold: float
+    normalize: int
+    """Index into NORMALIZE."""
+    norm: int
+    """Index into NORM."""
+    features: Tensor | None = None
+    """(B, K, h, w); either these or ``saliency``."""
+    saliency: Tensor | None = None
+    """float32 (B, h, w); what is not >= 0 counts as NaN."""
+    index: Tensor | None = None
+    """int64 (rows,); None: the pairing is drawn."""
+    targets: Tensor | None = None
+    """Class ids, int64 (B,), or dense rows, float32 (B, num_classes)."""
+    out: Tensor | None = None
+    """(rows, C, H, W), where the images are written; None: to a fresh tensor."""
+    step: Tensor | None = None
+    """int64 (1,), advanced by one; the call's seed is then rng.call_seed(seed, step, rank)."""
+    rank: int = 0
+    quantiles: Tensor | None = None
+    """rng.beta_quantiles, from which p is drawn; None: p is ``keep_prob``."""
+    keep_prob: float = 1.0
+    k: int | None = None
+    """Keep the k largest cells instead of those above ``threshold``."""
+    prob: float = 1.0
+    """The probability that a draw grafts at all."""
+    augmentations: int = 1
+    no_fixed_points: bool = False
+    num_classes: int = 0
+    label_smoothing: float = 0.0
+
+
+class Outputs(NamedTuple):
+    """What the operator returns. No output shares memory with an input."""
+
+    images: Tensor
+    """(rows, C, H, W), in the memory format of the input; empty, (0,), where ``out`` is given."""
+    lam: Tensor
+    """float32 (rows,)."""
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    """int64 (rows,)."""
+    mask: Tensor
+    """bool (rows, gh, gw)."""
+    saliency: Tensor
+    """float32 (B, h, w)."""
+    targets: Tensor
+    """float32 (rows, num_classes); (rows, 0) without targets."""
+
+
+WRITTEN = {"out": "a", "step": "b"}
+"""The arguments that the operator writes to, and what a schema calls their memory."""
+SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    tuple[int, int]: "int[2]",
+    int: "int",
+    int | None: "int?",
+    float: "float",
+    bool: "bool",
+}
+
+
+def schema() -> str:
+    """The operator's schema, less its name."""
+    arguments = []
+    for name, kind in get_type_hints(Call).items():
+        written = f"Tensor({WRITTEN[name]}!)?" if name in WRITTEN else SCHEMA_TYPES[kind]
+        arguments.append(f"{written} {name}")
+    results = [f"Tensor {name}" for name in Outputs._fields]
+    return f"({', '.join(arguments)}) -> ({', '.join(results)})"
