@@ -32,7 +32,7 @@ class Call(NamedTuple):
     """(B, K, h, w); either these or ``saliency``."""
     saliency: Tensor | None = None
     """float32 (B, h, w); what is not >= 0 counts as NaN."""
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
     """int64 (rows,); None: the pairing is drawn."""
     targets: Tensor | None = None
     """Class ids, int64 (B,), or dense rows, float32 (B, num_classes)."""

@@ -1,21 +1,14 @@
-"""What the public functions accept: options, shapes, dtypes, values. Errors name the argument."""
+"""The tensors that the public functions accept. Errors name the argument and what is accepted."""
 
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-Normalize = Literal["max", "mean", "none"]
-Selection = Literal["bernoulli", "topk"]
-Label = Literal["saliency", "area"]
-Norm = Literal["l1", "l2", "l2sq"]
-GridSize = tuple[int, int] | Sequence[tuple[int, int]] | None
+from sg_kernels.options import Options, is_int
 
 DEBUG = os.environ.get("SG_KERNELS_DEBUG", "0") not in ("", "0")
 """Whether values that lie on a GPU are checked too, which costs a sync."""
@@ -43,76 +36,7 @@ IMAGE_DTYPES = (
     torch.complex64,
     torch.complex128,
 )
-"""Not those that pack several numbers into a byte, carry a scale, or are nothing but one."""
-
-
-@dataclass(slots=True, frozen=True)
-class Options:
-    """The options of a call that are not tensors; saliency_graft says what they mean."""
-
-    temperature: float = 0.2
-    normalize: Normalize = "max"
-    threshold: float | Literal["mean"] = "mean"
-    grid_size: GridSize = None
-    alpha: float = 1.0
-    keep_prob: float | None = None
-    selection: Selection = "bernoulli"
-    k: int | None = None
-    label: Label = "saliency"
-    norm: Norm = "l1"
-    augmentations: int = 1
-    no_fixed_points: bool = False
-    num_classes: int | None = None
-    label_smoothing: float = 0.0
-    token_grid: tuple[int, int] | None = None
-    prefix_tokens: int = 0
-    prob: float = 1.0
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        if not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
-            raise ValueError(f"temperature must be a finite number > 0; got {self.temperature!r}")
-        if self.normalize not in ("max", "mean", "none"):
-            raise ValueError(f"normalize must be 'max', 'mean' or 'none'; got {self.normalize!r}")
-        named = isinstance(self.threshold, str) and self.threshold == "mean"
-        if not (named or (_is_number(self.threshold) and 0 <= self.threshold < 1)):
-            raise ValueError(f"threshold must be 'mean' or in [0, 1); got {self.threshold!r}")
-        if not (_is_number(self.alpha) and 0 < self.alpha < math.inf):
-            raise ValueError(f"alpha must be a finite number > 0; got {self.alpha!r}")
-        if self.keep_prob is not None:
-            _check_probability("keep_prob", self.keep_prob)
-        _check_probability("label_smoothing", self.label_smoothing)
-        _check_probability("prob", self.prob)
-        if self.selection not in ("bernoulli", "topk"):
-            raise ValueError(f"selection must be 'bernoulli' or 'topk'; got {self.selection!r}")
-        if (self.selection == "topk") != (self.k is not None):
-            raise ValueError(f"k goes with selection='topk'; got k={self.k!r}, {self.selection!r}")
-        if self.label not in ("saliency", "area"):
-            raise ValueError(f"label must be 'saliency' or 'area'; got {self.label!r}")
-        if self.norm not in ("l1", "l2", "l2sq"):
-            raise ValueError(f"norm must be 'l1', 'l2' or 'l2sq'; got {self.norm!r}")
-        if self.k is not None:
-            check_int("k", self.k, 1)
-        if self.num_classes is not None:
-            check_int("num_classes", self.num_classes, 1)
-        check_int("augmentations", self.augmentations, 1)
-        check_int("prefix_tokens", self.prefix_tokens, 0)
-        if not isinstance(self.no_fixed_points, bool):
-            raise TypeError(f"no_fixed_points must be a bool; got {self.no_fixed_points!r}")
-        if self.grid_size is not None and not (
-            is_size(self.grid_size) or _is_sizes(self.grid_size)
-        ):
-            raise ValueError(
-                f"grid_size must be (gh, gw), ints >= 1, a sequence of such sizes, or None; "
-                f"got {self.grid_size!r}"
-            )
-        if self.token_grid is not None and not is_size(self.token_grid):
-            raise ValueError(f"token_grid must be (h, w), ints >= 1; got {self.token_grid!r}")
-
-
-def check_int(name: str, value: Any, least: int) -> None:
-    if not (_is_int(value) and value >= least):
-        raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+"""Excludes packed, scaled and scale-only dtypes."""
 
 
 def check_tensor(
@@ -133,11 +57,11 @@ def check_tensor(
         accepted = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} must be {accepted}; got {value.dtype}")
     if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on {device}, as the rest is; got {value.device}")
+        raise ValueError(f"{name} must be on {device}, like the other tensors; got {value.device}")
 
 
 def check_rows(name: str, rows: int, batch: int) -> None:
-    """Rows come as a multiple of the batch: one set an augmentation."""
+    """Refuses rows that are not a multiple of the batch, one set per augmentation."""
     if (rows % batch or not rows) if batch else rows:
         raise ValueError(f"{name} must have a multiple of B = {batch} rows; got {rows}")
 
@@ -146,15 +70,15 @@ def check_grid_size(name: str, grid_size: tuple[int, int], images: Tensor) -> No
     height, width = images.shape[2:]
     if not (1 <= grid_size[0] <= height and 1 <= grid_size[1] <= width):
         raise ValueError(
-            f"{name} must have 1 .. H x 1 .. W = {height} x {width} cells, no more than images has "
-            f"pixels; got {tuple(grid_size)}"
+            f"{name} must be at least (1, 1) and at most the (H, W) of images, {(height, width)}; "
+            f"got {tuple(grid_size)}"
         )
 
 
 def check_index(index: Any, rows: int, batch: int, device: torch.device) -> None:
     check_tensor("index", index, "(n * B,)", 1, dtypes=(torch.int64,), device=device)
     if index.shape[0] != rows:
-        raise ValueError(f"index must have {rows} entries, one a row; got {index.shape[0]}")
+        raise ValueError(f"index must have {rows} entries, one per row; got {index.shape[0]}")
     if rows and _values_are_checked(index):
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= batch:
@@ -170,15 +94,15 @@ def check_images(images: Any, shape: str, *dims: int) -> None:
 
 
 def check_out(out: Any, images: Tensor, rows: int, **others: Tensor | None) -> None:
-    """``others``: the tensors, by name, that the call reads besides the images."""
+    """Checks ``out`` against the images and the ``others`` that the call reads, by name."""
     check_tensor("out", out, "(n * B, C, H, W)", 4, dtypes=(images.dtype,), device=images.device)
     if out.is_conj() or out.is_neg():
-        raise TypeError("out must hold its numbers as they are, not as a lazy conj() or negation")
+        raise TypeError("out must not be a lazy conj() or negation; give it resolved")
     expected = (rows, *images.shape[1:])
     if out.shape != expected:
         raise ValueError(f"out must be {expected}; got {tuple(out.shape)}")
     if torch.is_grad_enabled() and (images.requires_grad or out.requires_grad):
-        raise ValueError("out does not go with gradients; detach images, or drop out")
+        raise ValueError("out excludes gradients; detach images, or leave out away")
     if not (has_values(out) and out.numel()):
         return
     begin, end = _memory(out)
@@ -200,7 +124,7 @@ def needs_gradient(images: Tensor) -> bool:
     if not (torch.is_grad_enabled() and images.requires_grad):
         return False
     if images.is_floating_point() and images.dtype.itemsize == 1:
-        raise TypeError(f"images must be detached, or wider: {images.dtype} gradients do not add")
+        raise TypeError(f"images must be detached or wider: PyTorch cannot add {images.dtype}")
     return True
 
 
@@ -269,7 +193,7 @@ def seed_tensor(seed: Any) -> Tensor:
                 f"seed must be an int or one int64; got {seed.dtype}, {tuple(seed.shape)}"
             )
         return seed.reshape(1)
-    if not (_is_int(seed) and -(1 << 63) <= seed < 1 << 64):
+    if not (is_int(seed) and -(1 << 63) <= seed < 1 << 64):
         raise ValueError(f"seed must be an int of 64 bits; got {seed!r}")
     if isinstance(seed, np.integer):
         seed = int(seed)
@@ -277,42 +201,14 @@ def seed_tensor(seed: Any) -> Tensor:
     return torch.tensor([signed], dtype=torch.int64, device="cpu")
 
 
-def sizes(grid_size: Any, own: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """The sizes that a call may use: the map's own, the one given, or those to draw from."""
-    if grid_size is None:
-        return (own,)
-    given = (grid_size,) if is_size(grid_size) else grid_size
-    return tuple((gh, gw) for gh, gw in given)
-
-
-def is_size(value: Any) -> TypeGuard[tuple[int, int]]:
-    return (
-        isinstance(value, Sequence)
-        and len(value) == 2
-        and all(_is_int(extent) and extent >= 1 for extent in value)
-    )
-
-
 def has_values(tensor: Tensor) -> bool:
-    """Not where a compiler or a mode traces without any."""
+    """False while tracing, when tensors hold no data."""
     of_its_own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return not (torch.compiler.is_compiling() or of_its_own)
 
 
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) > 0 and all(is_size(size) for size in value)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (float, int, np.floating, np.integer)) and not isinstance(value, bool)
-
-
-def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, (int, torch.SymInt, np.integer)) and not isinstance(value, bool)
-
-
 def _memory(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor's first element begins, and where its last one ends."""
+    """The addresses of a tensor's first byte and of the one past its last."""
     begin = tensor.data_ptr()
     if tensor.is_contiguous():
         return begin, begin + tensor.nbytes
@@ -320,11 +216,6 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.itemsize
 
 
-def _check_probability(name: str, value: Any) -> None:
-    if not (_is_number(value) and 0 <= value <= 1):
-        raise ValueError(f"{name} must be a number in [0, 1]; got {value!r}")
-
-
 def _values_are_checked(values: Tensor) -> bool:
-    """Not those that it takes a sync to see."""
+    """Whether values can be read without a GPU sync, or SG_KERNELS_DEBUG pays for one."""
     return has_values(values) and (DEBUG or values.device.type == "cpu")

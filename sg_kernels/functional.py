@@ -1,13 +1,18 @@
 """The public functions: each checks its arguments, draws the seed, and calls one operator."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from sg_kernels import arguments, backends, ops, rng
-from sg_kernels.arguments import GridSize, Label, Norm, Normalize, Options, Selection
+from sg_kernels import backends, checks, ops, rng
+from sg_kernels.call import NORMALIZE, Call, Outputs
+from sg_kernels.options import TYPES, Options, OptionTypes, lists_options, options_of
+
+PASSED = [name for name, kind in get_type_hints(Call).items() if TYPES.get(name) == kind]
+"""The options that the operator takes as they are; the others are resolved first."""
 
 
 class GraftResult(NamedTuple):
@@ -27,33 +32,18 @@ class GraftResult(NamedTuple):
     """lam * y_i + (1 - lam) * y_j, float32 (rows, num_classes); None without targets."""
 
 
+@lists_options
 def saliency_graft(
     images: Tensor,
     features: Tensor | None = None,
     *,
     saliency: Tensor | None = None,
-    temperature: float = 0.2,
-    normalize: Normalize = "max",
-    threshold: float | Literal["mean"] = "mean",
-    grid_size: GridSize = None,
-    alpha: float = 1.0,
-    keep_prob: float | None = None,
-    selection: Selection = "bernoulli",
-    k: int | None = None,
-    label: Label = "saliency",
-    norm: Norm = "l1",
-    augmentations: int = 1,
     index: Tensor | None = None,
-    no_fixed_points: bool = False,
     targets: Tensor | None = None,
-    num_classes: int | None = None,
-    label_smoothing: float = 0.0,
-    token_grid: tuple[int, int] | None = None,
-    prefix_tokens: int = 0,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     out: Tensor | None = None,
-    backend: str | None = None,
+    **options: Unpack[OptionTypes],
 ) -> GraftResult:
     """Saliency Grafting (Park et al., AAAI 2022) of a batch.
 
@@ -113,31 +103,14 @@ def saliency_graft(
             class id is out of range gets lam = NaN and NaN targets.
         RuntimeError: ``backend`` cannot run here.
     """
-    options = Options(
-        temperature=temperature,
-        normalize=normalize,
-        threshold=threshold,
-        grid_size=grid_size,
-        alpha=alpha,
-        keep_prob=keep_prob,
-        selection=selection,
-        k=k,
-        label=label,
-        norm=norm,
-        augmentations=augmentations,
-        no_fixed_points=no_fixed_points,
-        num_classes=num_classes,
-        label_smoothing=label_smoothing,
-        token_grid=token_grid,
-        prefix_tokens=prefix_tokens,
-        backend=backend,
-    )
+    checked = options_of("saliency_graft", options)
     if seed is not None and generator is not None:
         raise ValueError("generator and seed exclude each other; give one of them")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
-    source = generator if seed is None else arguments.seed_tensor(seed)
-    return run(options, images, features, saliency, index, targets, source, out=out)
+    source = generator if seed is None else checks.seed_tensor(seed)
+    tensors = Tensors(images, features, saliency, index, targets, out)
+    return run(checked, tensors, Randomness(source))
 
 
 def channel_saliency(
@@ -160,7 +133,7 @@ def channel_saliency(
         (B, h, w), float32, in which it is accumulated.
     """
     options = Options(token_grid=token_grid, prefix_tokens=prefix_tokens)
-    features = arguments.feature_map(features, options)
+    features = checks.feature_map(features, options)
     name = backends.choose(backend, features.device.type)
     return ops.overload("channel_saliency", name)(features)
 
@@ -189,26 +162,26 @@ def graft(
     Returns:
         (n * B, C, H, W) or (n * B, H, W), dtype and memory format of ``images``.
     """
-    arguments.check_images(images, "(B, C, H, W) or (B, H, W)", 3, 4)
+    checks.check_images(images, "(B, C, H, W) or (B, H, W)", 3, 4)
     if images.dim() == 3:
         if out is not None:
-            arguments.check_tensor("out", out, "(n * B, H, W), as images is", 3)
+            checks.check_tensor("out", out, "(n * B, H, W), as images is", 3)
             graft(images[:, None], mask, index, out=out[:, None], backend=backend)
             return out
         return graft(images[:, None], mask, index, backend=backend)[:, 0]
     batch, device = images.shape[0], images.device
-    arguments.check_tensor("mask", mask, "(n * B, gh, gw)", 3, dtypes=(torch.bool,), device=device)
+    checks.check_tensor("mask", mask, "(n * B, gh, gw)", 3, dtypes=(torch.bool,), device=device)
     rows, gh, gw = mask.shape
-    arguments.check_rows("mask", rows, batch)
-    arguments.check_grid_size("mask", (gh, gw), images)
-    arguments.check_index(index, rows, batch, device)
+    checks.check_rows("mask", rows, batch)
+    checks.check_grid_size("mask", (gh, gw), images)
+    checks.check_index(index, rows, batch, device)
     name = backends.choose(backend, device.type)
     if out is not None:
-        arguments.check_out(out, images, rows, mask=mask, index=index)
-        ops.overload("graft_out", name)(out, images, mask, index)
+        checks.check_out(out, images, rows, mask=mask, index=index)
+        ops.overload("graft", name)(images, mask, index, out)
         _mark_written(out)
         return out
-    if arguments.needs_gradient(images):
+    if checks.needs_gradient(images):
         return ops.Graft.apply(images, mask, index, name)
     return ops.overload("graft", name)(images, mask, index)
 
@@ -236,13 +209,13 @@ def mix_targets(
         (n * B, num_classes), float32.
     """
     options = Options(num_classes=num_classes, label_smoothing=label_smoothing)
-    arguments.check_tensor("targets", targets, "(B,) or (B, num_classes)", 1, 2)
+    checks.check_tensor("targets", targets, "(B,) or (B, num_classes)", 1, 2)
     batch, device = targets.shape[0], targets.device
-    arguments.check_tensor("lam", lam, "(n * B,)", 1, dtypes=(torch.float32,), device=device)
+    checks.check_tensor("lam", lam, "(n * B,)", 1, dtypes=(torch.float32,), device=device)
     rows = lam.shape[0]
-    arguments.check_rows("lam", rows, batch)
-    arguments.check_index(index, rows, batch, device)
-    targets, width = arguments.ids_or_rows(targets, options, batch, device)
+    checks.check_rows("lam", rows, batch)
+    checks.check_index(index, rows, batch, device)
+    targets, width = checks.ids_or_rows(targets, options, batch, device)
     mix = ops.overload("mix_targets", backends.choose(backend, device.type))
     return mix(targets, lam.detach(), index, width, label_smoothing)
 
@@ -269,8 +242,8 @@ def mix_criterion(
         raise TypeError(f"result must be a GraftResult or None; got {type(result).__name__}")
     if not callable(criterion):
         raise TypeError(f"criterion must be callable; got {type(criterion).__name__}")
-    arguments.check_tensor("logits", logits, "(n * B, ...)")
-    arguments.check_tensor("targets", targets, "(B, ...)", device=logits.device)
+    checks.check_tensor("logits", logits, "(n * B, ...)")
+    checks.check_tensor("targets", targets, "(B, ...)", device=logits.device)
 
     def loss(of: Tensor) -> Tensor:
         found = criterion(logits, of)
@@ -289,7 +262,7 @@ def mix_criterion(
         raise ValueError(f"targets must have B = {batch} rows; got {tuple(targets.shape)}")
     if result is None:
         return loss(targets).mean()
-    arguments.check_tensor("result", result.lam, "of the same call", device=logits.device)
+    checks.check_tensor("result", result.lam, "of the same call", device=logits.device)
     own = targets.repeat(len(logits) // max(batch, 1), *[1] * (targets.dim() - 1))
     # Where an index is out of range lam is NaN, so any row will do.
     other = targets[result.index.clamp(0, max(batch - 1, 0))]
@@ -298,116 +271,166 @@ def mix_criterion(
     return (lam * loss_own + (1 - lam) * loss_other).mean()
 
 
-def _mark_written(out: Tensor) -> None:
-    """Lets autograd refuse a graph that saved ``out``; operators of one's own do not."""
-    if not (torch.compiler.is_compiling() or out.is_inference()):
-        torch.autograd.graph.increment_version(out)
+class Tensors(NamedTuple):
+    """The tensors that a user gives to a call."""
+
+    images: Tensor
+    features: Tensor | None = None
+    saliency: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
+    targets: Tensor | None = None
+    out: Tensor | None = None
 
 
-def run(
-    options: Options,
-    images: Tensor,
-    features: Tensor | None,
-    saliency: Tensor | None,
-    index: Tensor | None,
-    targets: Tensor | None,
-    seed: Tensor | torch.Generator | None,
-    step: Tensor | None = None,
-    rank: int = 0,
-    draw_grid_seed: Callable[[], int] | None = None,
-    out: Tensor | None = None,
-) -> GraftResult:
-    """Checks the tensors, then draws and calls the operator; shared with the module.
+class Randomness(NamedTuple):
+    """What the draws of a call follow from."""
 
-    ``seed``: int64 (1,), or what one is drawn from; that is after the checks, so what they refuse
-    consumes no randomness. With ``step``, int64 (1,), which the call advances, the call's seed is
-    ``rng.call_seed(seed, step, rank)``, and ``draw_grid_seed`` gives it as an int.
+    source: Tensor | torch.Generator | None = None
+    """The seed, int64 (1,), or the generator that draws it; None: torch's own on the CPU."""
+    step: Tensor | None = None
+    """int64 (1,), advanced by the call, whose seed is rng.call_seed(source, step, rank)."""
+    rank: int = 0
+    on_host: Callable[[], int] | None = None
+    """Gives the call's seed as an int, for what is drawn on the host; None: ``source`` does."""
+    prob: float = 1.0
+    """The probability that a draw grafts at all."""
+
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.source is None else self.source.device
+
+    def seed(self) -> Tensor:
+        return self.source if isinstance(self.source, Tensor) else ops.draw_seed(self.source)
+
+
+class Plan(NamedTuple):
+    """What a call does, once its arguments are checked."""
+
+    tensors: Tensors
+    """Detached but for the images, features as (B, K, h, w), targets as int64 ids or float32."""
+    sizes: tuple[tuple[int, int], ...]
+    """The grid sizes, of which one is drawn."""
+    num_classes: int
+    backend: str
+    differentiable: bool
+
+
+def run(options: Options, tensors: Tensors, randomness: Randomness) -> GraftResult:
+    """Checks, draws and calls the operator, for the function and the module.
+
+    Nothing is drawn before the checks have passed, so a call that is refused spends no randomness.
     """
-    arguments.check_images(images, "(B, C, H, W)", 4)
+    plan = check(options, tensors, randomness)
+    outputs = execute(plan, draw(options, plan, randomness))
+    if tensors.targets is None:
+        return GraftResult(*outputs[:-1], None)
+    return GraftResult(*outputs)
+
+
+def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
+    images, _, _, index, targets, out = tensors
+    checks.check_images(images, "(B, C, H, W)", 4)
     batch, device = images.shape[0], images.device
-    if (features is None) == (saliency is None):
-        given = "both" if saliency is not None else "neither"
-        raise ValueError(f"give one of features and saliency; got {given}")
-    if features is not None:
-        evidence = features = arguments.feature_map(features, options, device)
-        name = "features"
-    else:
-        evidence = saliency = arguments.ready_map(saliency, options, device)
-        name = "saliency"
-    if evidence.shape[0] != batch:
-        raise ValueError(f"{name} must have the B = {batch} of images; got {tuple(evidence.shape)}")
-    grid_size = evidence.shape[-2], evidence.shape[-1]
-    if not (grid_size[0] and grid_size[1]):
-        raise ValueError(f"{name} must have at least one cell; got {tuple(evidence.shape)}")
-    sizes = arguments.sizes(options.grid_size, grid_size)
+    features, saliency = _check_evidence(options, tensors)
+    source = saliency if features is None else features
+    sizes = options.sizes((source.shape[-2], source.shape[-1]))
     for size in sizes:
-        arguments.check_grid_size("grid_size", size, images)
+        checks.check_grid_size("grid_size", size, images)
         if options.k is not None and options.k > size[0] * size[1]:
             raise ValueError(f"k must be at most the cells of the grid, {size}; got {options.k}")
     rows = options.augmentations * batch
     if index is not None:
         if options.no_fixed_points:
             raise ValueError("no_fixed_points draws the pairing; it excludes index")
-        arguments.check_index(index, rows, batch, device)
+        checks.check_index(index, rows, batch, device)
     elif options.no_fixed_points and batch == 1:
         raise ValueError("no_fixed_points needs B != 1: a single image has no other to meet")
     num_classes = 0
     if targets is not None:
-        targets, num_classes = arguments.ids_or_rows(targets, options, batch, device)
+        targets, num_classes = checks.ids_or_rows(targets, options, batch, device)
     if out is not None:
-        arguments.check_out(
-            out, images, rows, features=features, saliency=saliency, index=index, targets=targets
-        )
-    needs_gradient = arguments.needs_gradient(images)
+        others = {"features": features, "saliency": saliency, "index": index, "targets": targets}
+        checks.check_out(out, images, rows, **others)
+    differentiable = checks.needs_gradient(images)
     backend = backends.choose(options.backend, device.type)
-    seed_device = torch.device("cpu") if seed is None else seed.device
-    on_host = seed_device.type == "cpu"
-    if not on_host and seed_device != device:
-        raise ValueError(f"seed, generator: must be on the CPU or on {device}; got {seed_device}")
-    drawn = len(sizes) > 1
-    if drawn and (torch.compiler.is_compiling() or not (draw_grid_seed or on_host)):
+    _check_randomness(randomness, device, len(sizes))
+    checked = Tensors(images, features, saliency, index, targets, out)
+    return Plan(checked, sizes, num_classes, backend, differentiable)
+
+
+def _check_evidence(options: Options, tensors: Tensors) -> tuple[Any, Any]:
+    """The features or the ready map, checked; the other is None."""
+    images, features, saliency = tensors[:3]
+    if (features is None) == (saliency is None):
+        given = "both" if saliency is not None else "neither"
+        raise ValueError(f"give one of features and saliency; got {given}")
+    if features is not None:
+        name, evidence = "features", checks.feature_map(features, options, images.device)
+    else:
+        name, evidence = "saliency", checks.ready_map(saliency, options, images.device)
+    shape = tuple(evidence.shape)
+    if shape[0] != images.shape[0]:
+        raise ValueError(f"{name} must have the B = {images.shape[0]} of images; got {shape}")
+    if not (shape[-2] and shape[-1]):
+        raise ValueError(f"{name} must have at least one cell; got {shape}")
+    return (evidence, None) if features is not None else (None, evidence)
+
+
+def _check_randomness(randomness: Randomness, device: torch.device, sizes: int) -> None:
+    source = randomness.device()
+    on_host = source.type == "cpu"
+    if not on_host and source != device:
+        raise ValueError(f"seed, generator: must be on the CPU or on {device}; got {source}")
+    host_seed = on_host or randomness.on_host is not None
+    if sizes > 1 and (torch.compiler.is_compiling() or not host_seed):
         raise ValueError(
             "grid_size: one of several sizes is drawn on the host, so not under torch.compile nor "
             "from a seed on the device; give one (gh, gw)"
         )
 
-    if not isinstance(seed, Tensor):
-        seed = ops.draw_seed(seed)
-    grid_size = sizes[0]
-    if drawn:
-        grid_seed = draw_grid_seed() if draw_grid_seed else int(seed)
-        grid_size = rng.draw_grid_size(grid_seed, sizes)
-    keep_prob = 1.0 if options.k is not None else options.keep_prob
-    tables = ops if arguments.has_values(images) else torch.ops.sg_kernels
-    quantiles = tables.quantiles(options.alpha, device) if keep_prob is None else None
-    args = (
-        features,
-        saliency,
-        index,
-        targets,
-        seed,
-        step,
-        rank,
-        quantiles,
-        keep_prob or 0.0,
-        grid_size,
-        options.temperature,
-        options.normalize,
-        1 / (grid_size[0] * grid_size[1]) if options.threshold == "mean" else options.threshold,
-        options.k,
-        "area" if options.label == "area" else options.norm,
-        options.prob,
-        options.augmentations,
-        options.no_fixed_points,
-        num_classes,
-        options.label_smoothing,
+
+def draw(options: Options, plan: Plan, randomness: Randomness) -> Call:
+    """The operator's arguments, after the draws that are made on the host."""
+    seed, grid_size = randomness.seed(), plan.sizes[0]
+    if len(plan.sizes) > 1:
+        host_seed = randomness.on_host() if randomness.on_host else int(seed)
+        grid_size = rng.draw_grid_size(host_seed, plan.sizes)
+    keep_prob, quantiles = options.keep_prob, None
+    if options.k is not None:
+        keep_prob = 1.0
+    elif keep_prob is None:
+        images = plan.tensors.images
+        tables = ops if checks.has_values(images) else torch.ops.sg_kernels
+        quantiles = tables.quantiles(options.alpha, images.device)
+    gh, gw = grid_size
+    return Call(
+        **plan.tensors._asdict(),
+        **{name: getattr(options, name) for name in PASSED},
+        seed=seed,
+        step=randomness.step,
+        rank=randomness.rank,
+        quantiles=quantiles,
+        keep_prob=keep_prob or 0.0,
+        grid_size=grid_size,
+        normalize=NORMALIZE.index(options.normalize),
+        threshold=1 / (gh * gw) if options.threshold == "mean" else options.threshold,
+        norm=options.norm_position(),
+        prob=randomness.prob,
+        num_classes=plan.num_classes,
     )
-    if out is not None:
-        outputs = (out, *ops.overload("saliency_graft_out", backend)(out, images, *args))
-        _mark_written(out)
-    elif needs_gradient:
-        outputs = ops.SaliencyGraft.apply(images, backend, *args)
-    else:
-        outputs = ops.overload("saliency_graft", backend)(images, *args)
-    grafted, lam, index, mask, saliency, mixed = outputs
-    return GraftResult(grafted, lam, index, mask, saliency, None if targets is None else mixed)
+
+
+def execute(plan: Plan, call: Call) -> Outputs:
+    """Runs the operator; the images of its outputs are those in ``out`` where that is given."""
+    if plan.differentiable:
+        return Outputs(*ops.SaliencyGraft.apply(plan.backend, *call))
+    outputs = Outputs(*ops.overload("saliency_graft", plan.backend)(*call))
+    if call.out is None:
+        return outputs
+    _mark_written(call.out)
+    return outputs._replace(images=call.out)
+
+
+def _mark_written(out: Tensor) -> None:
+    """Bumps out's version (custom operators do not), so that autograd detects the overwrite."""
+    if not (torch.compiler.is_compiling() or out.is_inference()):
+        torch.autograd.graph.increment_version(out)

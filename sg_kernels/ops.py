@@ -1,68 +1,63 @@
-"""The operators torch.ops.sg_kernels.*: schemas, shapes, gradients.
+"""The operators torch.ops.sg_kernels.*: schemas, output shapes, gradients.
 
-An operator has one overload per backend, ``torch.ops.sg_kernels.graft.cpp`` and so on. The schemas
-stand here and nowhere else; csrc implements them for ``cpp`` and ``cuda``.
+An operator has one overload per backend: ``torch.ops.sg_kernels.graft.cpp`` and so on. All schemas
+stand here or are generated from :class:`sg_kernels.call.Call`; csrc implements them for ``cpp`` and
+``cuda``.
 
 The operators trust their arguments: :mod:`sg_kernels.functional` checks them first.
 """
 
+import importlib
 from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sg_kernels import backends, reference, rng
-from sg_kernels.kernels.operators import OPERATORS as TRITON
+from sg_kernels import backends, rng
+from sg_kernels.backends import reference
+from sg_kernels.call import Call, Outputs, schema
 
-_GRAFT = "Tensor images, Tensor mask, Tensor index"
-_SALIENCY_GRAFT = (
-    "Tensor images, Tensor? features, Tensor? saliency, Tensor? index, Tensor? targets, "
-    "Tensor seed, Tensor(a!)? step, int rank, Tensor? quantiles, float keep_prob, "
-    "int[2] grid_size, float temperature, str normalize, float threshold, int? k, str norm, "
-    "float prob, int augmentations, bool no_fixed_points, int num_classes, float label_smoothing"
-)
-_SALIENCY_GRAFT_NAMES = [argument.split()[-1] for argument in _SALIENCY_GRAFT.split(", ")]
 SCHEMAS = {
     "channel_saliency": "(Tensor features) -> Tensor",
-    "graft": f"({_GRAFT}) -> Tensor",
-    "graft_out": f"(Tensor(a!) out, {_GRAFT}) -> ()",
+    "graft": "(Tensor images, Tensor mask, Tensor index, Tensor(a!)? out=None) -> Tensor",
     "graft_backward": "(Tensor grad, Tensor mask, Tensor index, int augmentations) -> Tensor",
     "mix_targets": (
         "(Tensor targets, Tensor lam, Tensor index, int num_classes, float label_smoothing)"
         " -> Tensor"
     ),
-    "saliency_graft": (
-        f"({_SALIENCY_GRAFT}) -> "
-        "(Tensor images, Tensor lam, Tensor index, Tensor mask, Tensor saliency, Tensor targets)"
-    ),
-    "saliency_graft_out": (
-        f"(Tensor(b!) out, {_SALIENCY_GRAFT}) -> "
-        "(Tensor lam, Tensor index, Tensor mask, Tensor saliency, Tensor targets)"
-    ),
+    "saliency_graft": schema(),
 }
+"""With ``out`` given, the images are written there and an empty tensor is returned in their place:
+an operator's output must not be its input."""
 
 
-def _reference_graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
-    reference.graft(images, mask, index, out)
-
-
-def _reference_saliency_graft(*args: Any) -> tuple[Tensor, ...]:
-    images, lam, index, *rest = reference.saliency_graft(*args)
-    given = args[_SALIENCY_GRAFT_NAMES.index("index")]
-    # An operator's output is never its input.
-    return images, lam, index if given is None else index.clone(), *rest
+def _reference_graft(
+    images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None
+) -> Tensor:
+    grafted = reference.graft(images, mask, index, out)
+    return grafted if out is None else images.new_empty(0)
 
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "channel_saliency": reference.channel_saliency,
-    "graft": reference.graft,
-    "graft_out": _reference_graft_out,
+    "graft": _reference_graft,
     "graft_backward": reference.graft_backward,
     "mix_targets": reference.mix_targets,
-    "saliency_graft": _reference_saliency_graft,
-    "saliency_graft_out": lambda out, *args: _reference_saliency_graft(*args, out)[1:],
+    "saliency_graft": lambda *args: reference.saliency_graft(Call(*args)),
 }
+
+
+@lru_cache
+def _triton_operators() -> ModuleType:
+    return importlib.import_module("sg_kernels.backends.triton.operators")
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    """An operator of the Triton backend, which is imported by its first call."""
+    return lambda *args: getattr(_triton_operators(), name)(*args)
 
 
 def _fake_channel_saliency(features: Tensor) -> Tensor:
@@ -70,12 +65,8 @@ def _fake_channel_saliency(features: Tensor) -> Tensor:
     return features.new_empty((batch, h, w), dtype=torch.float32)
 
 
-def _fake_graft(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
-    return reference.empty_rows(images, mask.shape[0])
-
-
-def _fake_graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
-    pass
+def _fake_graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    return reference.empty_rows(images, mask.shape[0]) if out is None else images.new_empty(0)
 
 
 def _fake_graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int) -> Tensor:
@@ -88,34 +79,29 @@ def _fake_mix_targets(
     return lam.new_empty((lam.shape[0], num_classes))
 
 
-def _fake_saliency_graft_out(out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    given = dict(zip(_SALIENCY_GRAFT_NAMES, args))
-    images, rows = given["images"], out.shape[0]
-    source = given["saliency"] if given["features"] is None else given["features"]
-    columns = 0 if given["targets"] is None else given["num_classes"]
-    return (
-        images.new_empty(rows, dtype=torch.float32),
-        images.new_empty(rows, dtype=torch.int64),
-        images.new_empty((rows, *given["grid_size"]), dtype=torch.bool),
-        images.new_empty((images.shape[0], *source.shape[-2:]), dtype=torch.float32),
-        images.new_empty((rows, columns), dtype=torch.float32),
+def _fake_saliency_graft(*args: Any) -> Outputs:
+    call = Call(*args)
+    images, batch = call.images, call.images.shape[0]
+    rows = call.augmentations * batch
+    source = call.saliency if call.features is None else call.features
+    assert source is not None
+    columns = 0 if call.targets is None else call.num_classes
+    return Outputs(
+        images=reference.empty_rows(images, rows) if call.out is None else images.new_empty(0),
+        lam=images.new_empty(rows, dtype=torch.float32),
+        index=images.new_empty(rows, dtype=torch.int64),
+        mask=images.new_empty((rows, *call.grid_size), dtype=torch.bool),
+        saliency=images.new_empty((batch, *source.shape[-2:]), dtype=torch.float32),
+        targets=images.new_empty((rows, columns), dtype=torch.float32),
     )
-
-
-def _fake_saliency_graft(images: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    augmentations = args[_SALIENCY_GRAFT_NAMES.index("augmentations") - 1]
-    out = reference.empty_rows(images, augmentations * images.shape[0])
-    return out, *_fake_saliency_graft_out(out, images, *args)
 
 
 _FAKE: dict[str, Callable[..., Any]] = {
     "channel_saliency": _fake_channel_saliency,
     "graft": _fake_graft,
-    "graft_out": _fake_graft_out,
     "graft_backward": _fake_graft_backward,
     "mix_targets": _fake_mix_targets,
     "saliency_graft": _fake_saliency_graft,
-    "saliency_graft_out": _fake_saliency_graft_out,
 }
 
 _library = torch.library.Library("sg_kernels", "FRAGMENT")
@@ -125,7 +111,7 @@ for _name, _schema in SCHEMAS.items():
         torch.library.register_fake(f"sg_kernels::{_name}.{_backend}", _FAKE[_name], lib=_library)
     _library.impl(f"{_name}.reference", _REFERENCE[_name], "CompositeExplicitAutograd")
     for _device in backends.DEVICES["triton"]:
-        _library.impl(f"{_name}.triton", TRITON[_name], _device.upper())
+        _library.impl(f"{_name}.triton", _triton(_name), _device.upper())
 
 _library.define("draw_seed(Tensor blank) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 torch.library.register_fake("sg_kernels::draw_seed", torch.empty_like, lib=_library)
@@ -133,12 +119,12 @@ _library.impl("draw_seed", lambda blank: blank.clone().random_(), "CompositeExpl
 
 
 def draw_seed(generator: torch.Generator | None = None) -> Tensor:
-    """A fresh seed, int64 (1,), on the generator's device."""
+    """A fresh seed, int64 (1,), from the generator, on its device; None: torch's own on the CPU."""
     device = "cpu" if generator is None else generator.device
     blank = torch.empty(1, dtype=torch.int64, device=device)
     if generator is None and torch.compiler.is_compiling():
-        # An operator, so that a compiled graph draws what eager code draws from torch's generator.
-        # Two calls would be merged into one, were it not for what each is given.
+        # An operator, so that a compiled graph draws from torch's generator as eager code does.
+        # Its argument keeps the compiler from merging two draws into one.
         return torch.ops.sg_kernels.draw_seed(blank)
     return blank.random_(generator=generator)
 
@@ -152,24 +138,24 @@ def _fake_quantiles(alpha: float, device: torch.device) -> Tensor:
 
 
 _tables: dict[tuple[float, torch.device], Tensor] = {}
-"""Never emptied: a captured graph may point at any of them."""
+"""Never emptied: a captured CUDA graph may point at any of them."""
 
 
 def quantiles(alpha: float, device: torch.device) -> Tensor:
-    """:func:`rng.beta_quantiles` on ``device``, kept from call to call.
+    """:func:`rng.beta_quantiles` on ``device``, cached.
 
-    Where tensors have no values the operator of this name gives one that has none either.
+    While a compiler or a mode traces, call the operator of the same name instead.
     """
     key = (alpha, device)
     table = _tables.get(key)
     if table is None:
         table = torch.func.debug_unwrap(rng.beta_quantiles(alpha).to(device))
-        if type(table) is Tensor:  # not one without values, of a mode that traces
+        if type(table) is Tensor:  # a mode that traces makes fake ones
             _tables[key] = table
     return table
 
 
-# Compilers take an operator's output for their own, and may write to it.
+# A clone: compilers own an operator's output, and may write to it.
 _library.impl("quantiles", lambda *args: quantiles(*args).clone(), "CompositeExplicitAutograd")
 
 
@@ -197,17 +183,12 @@ class Graft(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        mask, index = ctx.saved_tensors
-        return (
-            GraftBackward.apply(grad, mask, index, ctx.augmentations, ctx.backend),
-            None,
-            None,
-            None,
-        )
+        args = (*ctx.saved_tensors, ctx.augmentations, ctx.backend)
+        return GraftBackward.apply(grad, *args), None, None, None
 
 
 class GraftBackward(torch.autograd.Function):
-    """The graft_backward operator; its gradient is the graft, since both are linear."""
+    """The graft_backward operator. Both are linear, so its gradient is the graft."""
 
     @staticmethod
     def forward(
@@ -229,20 +210,18 @@ class SaliencyGraft(torch.autograd.Function):
     """The saliency_graft operator, differentiable with respect to the images."""
 
     @staticmethod
-    def forward(images: Tensor, backend: str, *args: Any) -> tuple[Tensor, ...]:
-        return overload("saliency_graft", backend)(images, *args)
+    def forward(backend: str, *args: Any) -> tuple[Tensor, ...]:
+        return overload("saliency_graft", backend)(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        images, ctx.backend, *args = inputs
-        _, lam, index, mask, saliency, targets = output
-        ctx.save_for_backward(mask, index)
-        ctx.mark_non_differentiable(lam, index, mask, saliency, targets)
-        ctx.augmentations = _augmentations(mask.shape[0], images.shape[0])
-        ctx.num_args = len(args)
+        ctx.backend, call, outputs = inputs[0], Call(*inputs[1:]), Outputs(*output)
+        ctx.save_for_backward(outputs.mask, outputs.index)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.augmentations = call.augmentations
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-        mask, index = ctx.saved_tensors
-        images_grad = GraftBackward.apply(grad, mask, index, ctx.augmentations, ctx.backend)
-        return images_grad, None, *[None] * ctx.num_args
+        args = (*ctx.saved_tensors, ctx.augmentations, ctx.backend)
+        others = [None] * (len(Call._fields) - 1)
+        return None, GraftBackward.apply(grad, *args), *others

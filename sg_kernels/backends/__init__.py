@@ -1,15 +1,18 @@
-"""Which backends there are, which of them run here, and which one a call gets."""
+"""The backends: which there are, which of them run here, and which one a call gets.
 
+Nothing here imports Triton: its backend does so at the first call.
+"""
+
+import importlib.util
 import os
 import shutil
 import warnings
 from pathlib import Path
 
 import torch
-import triton
 
-INTERPRETED = triton.knobs.runtime.interpret
-"""Whether TRITON_INTERPRET=1 runs the Triton kernels on the CPU, to test them without a GPU."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+"""Whether Triton interprets its kernels on the CPU, to test them without a GPU; its own rule."""
 
 DEVICES = {
     "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
@@ -17,17 +20,17 @@ DEVICES = {
     "cpp": ("cpu",),
     "reference": ("cpu", "cuda"),
 }
-"""Every backend, and the device types whose tensors it takes."""
+"""Every backend, and the device types it accepts."""
 
 DEFAULTS = {"cuda": ("triton", "cuda"), "cpu": ("cpp", "reference")}
-"""Where none is asked for: the first of these that runs."""
+"""The backends tried, in order, when the caller names none."""
 
-CPP_LIBRARY = Path(__file__).with_name("libsg_kernels_cpu.so")
-CUDA_LIBRARY = Path(__file__).with_name("libsg_kernels_cuda.so")
+CPP_LIBRARY = Path(__file__).parents[1] / "libsg_kernels_cpu.so"
+CUDA_LIBRARY = CPP_LIBRARY.with_name("libsg_kernels_cuda.so")
 
 
 def _load(library: Path) -> str | None:
-    """Loads a compiled backend; the reason where that fails."""
+    """Loads a compiled backend. Returns the reason where that fails."""
     if not library.exists():
         return f"not built: {library.name} is missing (pip install --no-build-isolation builds it)"
     try:
@@ -38,17 +41,20 @@ def _load(library: Path) -> str | None:
 
 
 def _load_cuda() -> str | None:
-    # Where PyTorch has no CUDA the library has nothing to bind to, and is not touched.
+    # Without CUDA, torch lacks the symbols that the library needs.
     return _load(CUDA_LIBRARY) if torch.version.cuda else "this PyTorch is built without CUDA"
 
 
-def _no_compiler() -> str | None:
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (PyTorch's builds for GPUs bring the one that fits)"
     if INTERPRETED or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
         return None
-    return "Triton needs a C compiler, and finds neither gcc nor clang; CC names another"
+    return "Triton needs a C compiler: install gcc or clang, or set CC"
 
 
-_UNLOADED = {"triton": _no_compiler(), "cpp": _load(CPP_LIBRARY), "cuda": _load_cuda()}
+_UNLOADED = {"triton": _no_triton(), "cpp": _load(CPP_LIBRARY), "cuda": _load_cuda()}
+"""Why a backend's code cannot be used, whatever devices there are; None where it can."""
 
 if _UNLOADED["cpp"]:
     warnings.warn(
@@ -62,7 +68,7 @@ def _no_device() -> str | None:
     """Why no CUDA tensor can exist here; None where one can."""
     if not (torch.version.cuda or torch.version.hip):
         return "this PyTorch is built without CUDA"
-    with warnings.catch_warnings(record=True) as complaints:  # PyTorch's, of a driver too old
+    with warnings.catch_warnings(record=True) as complaints:  # PyTorch warns of an old driver
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             return None
@@ -70,7 +76,7 @@ def _no_device() -> str | None:
 
 
 def unavailable_backends() -> dict[str, str]:
-    """The names of the backends that do not run here, each with the reason."""
+    """The backends that do not run here, each with the reason."""
     reasons = dict(_UNLOADED)
     for name, devices in DEVICES.items():
         if "cpu" not in devices:
@@ -79,7 +85,7 @@ def unavailable_backends() -> dict[str, str]:
 
 
 def available_backends() -> tuple[str, ...]:
-    """The names of the backends that run here."""
+    """The backends that run here."""
     unavailable = unavailable_backends()
     return tuple(name for name in DEVICES if name not in unavailable)
 
@@ -87,15 +93,15 @@ def available_backends() -> tuple[str, ...]:
 def choose(backend: str | None, device_type: str) -> str:
     """The backend of a call on tensors of ``device_type``.
 
-    ``backend``, else SG_KERNELS_BACKEND, else the device's first that runs. One that was asked for
-    and cannot run is refused, never replaced: ValueError for an unknown name, RuntimeError
-    otherwise.
+    ``backend`` if given, else SG_KERNELS_BACKEND, else the first of the device's DEFAULTS that
+    runs. A backend that was asked for and cannot run is refused, never replaced: ValueError for an
+    unknown name, RuntimeError otherwise.
     """
     asked, origin = backend, "backend"
     if asked is None:
         asked, origin = ENVIRONMENT_CHOICE, "SG_KERNELS_BACKEND"
     if asked is None:
-        # Tensors on the device exist, so only a library that did not load can be in the way.
+        # The device exists, since tensors do: only code that did not load can be in the way.
         preferred = DEFAULTS.get(device_type, ())
         for name in preferred:
             if not _UNLOADED.get(name):

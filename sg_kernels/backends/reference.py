@@ -1,10 +1,10 @@
 """Saliency Grafting (Park et al., AAAI 2022) in plain PyTorch: the specification of every backend.
 
-One function a stage, in the order of the paper and of :func:`saliency_graft`, which strings them
-together. The compiled backends have the same stages under the same names.
+One function per stage, in the order of the paper; :func:`saliency_graft` runs them all. The
+compiled backends have the same stages under the same names.
 
 Shapes: B images, rows = augmentations * B outputs. Row ``a * B + b`` grafts patches of image b, the
-source, onto image ``index[row]``, the destination. Maps are (B, h, w), float32; masks and grids
+source, onto image ``index[row]``, the destination. Maps are float32 (B, h, w); masks and grids are
 (gh, gw).
 """
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sg_kernels import rng
+from sg_kernels.call import NORM, NORMALIZE, Call, Outputs
 
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-"""torch 2.10 can neither index nor select the wide unsigned dtypes."""
+"""Stand-ins for the wide unsigned dtypes, which torch 2.10 can neither index nor select."""
 FLAT = 1 - 2**-16
-"""A map whose least value is at least this share of its peak is constant: averages of equal values
-differ by rounding."""
+"""A map whose minimum is at least this share of its maximum counts as constant, because averages
+of equal values differ by rounding."""
 
 
 def channel_saliency(features: Tensor) -> Tensor:
@@ -37,26 +38,27 @@ def resample(saliency: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
 
 def nearest(size: int, source_size: int, device: torch.device) -> Tensor:
-    """For each of ``size`` positions, the one of ``source_size`` it falls into."""
+    """The source position, of ``source_size``, that each of ``size`` positions falls into."""
     return torch.arange(size, device=device) * source_size // size
 
 
-def normalize_scale(saliency: Tensor, normalize: str) -> Tensor:
-    """Stage 3: what the map is divided by before the softmax, (B, 1)."""
+def normalize_scale(saliency: Tensor, normalize: int) -> Tensor:
+    """Stage 3: the divisor of the map before the softmax, (B, 1)."""
     flat = saliency.flatten(1)
-    match normalize:
+    match NORMALIZE[normalize]:
         case "max":
             return flat.amax(1, keepdim=True)
         case "mean":
-            return flat.mean(1, keepdim=True, dtype=torch.float64).float()  # float32 may overflow
+            # In float64, where the sum cannot overflow.
+            return flat.mean(1, keepdim=True, dtype=torch.float64).float()
         case _:
             return torch.ones_like(flat[:, :1])
 
 
 def select(
-    saliency: Tensor, normalize: str, temperature: float, threshold: float, k: int | None
+    saliency: Tensor, normalize: int, temperature: float, threshold: float, k: int | None
 ) -> Tensor:
-    """Stage 4: the salient cells, softmax(S / T) > threshold or the k largest, bool (B, gh, gw)."""
+    """Stage 4: the salient cells, softmax(S / T) > threshold or the k largest: bool (B, gh, gw)."""
     flat = saliency.flatten(1)
     if k is None:
         peak = flat.amax(1, keepdim=True)
@@ -76,10 +78,10 @@ def sample(
     prob: float,
     augmentations: int,
 ) -> Tensor:
-    """Stage 5: M = keep and Bernoulli(p), one p a draw: bool (rows, gh, gw).
+    """Stage 5: M = keep and Bernoulli(p), with one p per draw: bool (rows, gh, gw).
 
     p is drawn from ``quantiles``; without them it is ``keep_prob``. With probability 1 - ``prob`` a
-    draw grafts nothing: its M is all True, its rows the sources.
+    draw grafts nothing: M is all True, and its rows are the source images.
     """
     batch, gh, gw = keep.shape
     p_word, gate_word = rng.words(seed, rng.Stream.KEEP_PROB, 2, draws=augmentations).unbind(-1)
@@ -96,7 +98,7 @@ def sample(
 def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     """Stage 6: the source's pixels where M is True, the destination's elsewhere, bit for bit.
 
-    A row whose index is out of range takes all its pixels from its source.
+    A row whose index is out of range is a copy of its source.
     """
     (batch, _, height, width), (rows, gh, gw) = images.shape, mask.shape
     source = torch.arange(rows, device=index.device) % max(batch, 1)
@@ -116,7 +118,7 @@ def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None
 
 
 def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int) -> Tensor:
-    """Stage 6, transposed: each pixel's gradient goes to the image that it was copied from."""
+    """The gradient of stage 6: each pixel's gradient goes to the image it was copied from."""
     (rows, gh, gw), (height, width) = mask.shape, grad.shape[2:]
     batch = rows // augmentations
     source = torch.arange(rows, device=index.device) % max(batch, 1)
@@ -132,26 +134,27 @@ def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int
     return total.to(grad.dtype)
 
 
-def label_ratio(saliency: Tensor, mask: Tensor, index: Tensor, norm: str) -> Tensor:
+def label_ratio(saliency: Tensor, mask: Tensor, index: Tensor, norm: int) -> Tensor:
     """Stage 7: the weight lam of the row's own label, float32 (rows,).
 
-    I(S_i, M) / (I(S_i, M) + I(S_j, 1 - M)) with I(S, M) = ||S M|| / ||S||. Where a norm or the
-    denominator is 0 or not finite, and for ``norm="area"``, the share of True cells. NaN where the
-    index is out of range.
+    I(S_i, M) / (I(S_i, M) + I(S_j, 1 - M)) with I(S, M) = ||S M|| / ||S||. The share of True cells
+    for norm "area", and where a norm or the denominator is 0 or not finite. NaN where the index is
+    out of range.
     """
     batch = saliency.shape[0]
     mask = mask.flatten(1)
     valid = in_range(index, batch)
     lam = mask.float().mean(1)
-    if norm != "area":
+    kind = NORM[norm]
+    if kind != "area":
         flat = saliency.flatten(1)
-        weight = flat / flat.amax(1, keepdim=True)  # I does not change; squares cannot overflow
-        if norm != "l1":
+        weight = flat / flat.amax(1, keepdim=True)  # leaves I as it is; squares cannot overflow
+        if kind != "l1":
             weight = weight.square()
         share = weight / weight.sum(1, keepdim=True)
         kept = (share.repeat(mask.shape[0] // max(batch, 1), 1) * mask).sum(1)
         left = (share[torch.where(valid, index, 0)] * ~mask).sum(1)
-        if norm == "l2":
+        if kind == "l2":
             kept, left = kept.sqrt(), left.sqrt()
         ratio = kept / (kept + left)
         lam = torch.where(ratio.isfinite(), ratio, lam)
@@ -163,8 +166,8 @@ def mix_targets(
 ) -> Tensor:
     """Stage 8: lam * y_i + (1 - lam) * y_j, smoothed, float32 (rows, num_classes).
 
-    ``targets`` are class ids (B,) or dense rows (B, num_classes). A row that meets a class id or an
-    index out of range is NaN.
+    ``targets`` are class ids (B,) or dense rows (B, num_classes). Where an index or a class id is
+    out of range, the row is NaN.
     """
     batch = targets.shape[0]
     if targets.dim() == 1:
@@ -195,56 +198,34 @@ def empty_rows(images: Tensor, rows: int) -> Tensor:
     )
 
 
-def saliency_graft(
-    images: Tensor,
-    features: Tensor | None,
-    saliency: Tensor | None,
-    index: Tensor | None,
-    targets: Tensor | None,
-    seed: Tensor,
-    step: Tensor | None,
-    rank: int,
-    quantiles: Tensor | None,
-    keep_prob: float,
-    grid_size: tuple[int, int],
-    temperature: float,
-    normalize: str,
-    threshold: float,
-    k: int | None,
-    norm: str,
-    prob: float,
-    augmentations: int,
-    no_fixed_points: bool,
-    num_classes: int,
-    label_smoothing: float,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The whole method: images, lam, index, mask, saliency, targets.
-
-    The arguments are those of the operator of the same name: :func:`sg_kernels.saliency_graft`
-    fills them in from its own. ``step`` is advanced by one. Without ``targets`` the last output has
-    no columns.
-    """
-    seed = seed.to(images.device)
-    if step is not None:
-        seed = rng.call_seed(seed, step, rank)
-        step += 1
+def saliency_graft(call: Call) -> Outputs:
+    """The whole method."""
+    images, targets = call.images, call.targets
+    seed, index, saliency = call.seed.to(images.device), call.index, call.saliency
+    if call.step is not None:
+        seed = rng.call_seed(seed, call.step, call.rank)
+        call.step.add_(1)
     if index is None:
-        index = rng.pairing(seed, images.shape[0], augmentations, no_fixed_points).flatten()
+        batch, draws = images.shape[0], call.augmentations
+        index = rng.pairing(seed, batch, draws, call.no_fixed_points).flatten()
+    else:
+        index = index.clone()  # no output of an operator may be one of its inputs
     if saliency is None:
-        assert features is not None
-        saliency = channel_saliency(features)
+        assert call.features is not None
+        saliency = channel_saliency(call.features)
     else:
         saliency = torch.where(saliency >= 0, saliency, torch.nan).float()
-    grid = resample(saliency, grid_size)
-    keep = select(grid, normalize, temperature, threshold, k)
-    mask = sample(keep, seed, quantiles, keep_prob, prob, augmentations)
-    grafted = graft(images, mask, index, out)
-    lam = label_ratio(grid, mask, index, norm)
+    grid = resample(saliency, call.grid_size)
+    keep = select(grid, call.normalize, call.temperature, call.threshold, call.k)
+    mask = sample(keep, seed, call.quantiles, call.keep_prob, call.prob, call.augmentations)
+    grafted = graft(images, mask, index, call.out)
+    lam = label_ratio(grid, mask, index, call.norm)
     if targets is None:
         mixed = lam.new_empty(lam.shape[0], 0)
     else:
-        mixed = mix_targets(targets, lam, index, num_classes, label_smoothing)
-        if targets.dim() == 1:  # a class id out of range makes its rows NaN: lam says so too
+        mixed = mix_targets(targets, lam, index, call.num_classes, call.label_smoothing)
+        if targets.dim() == 1:  # lam, too, shows which rows have a class id out of range
             lam = torch.where(mixed[:, 0].isnan(), torch.nan, lam)
-    return grafted, lam, index, mask, saliency, mixed
+    if call.out is not None:
+        grafted = images.new_empty(0)
+    return Outputs(grafted, lam, index, mask, saliency, mixed)

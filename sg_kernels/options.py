@@ -1,0 +1,192 @@
+"""The options of a call: names, types, defaults and checks, listed nowhere else in Python.
+
+What they mean stands in :func:`sg_kernels.saliency_graft`.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Annotated, Any, Literal, TypedDict, TypeGuard, TypeVar, get_type_hints
+
+import numpy as np
+import torch
+
+from sg_kernels.call import NORM, NORMALIZE
+
+Normalize = Literal["max", "mean", "none"]
+Selection = Literal["bernoulli", "topk"]
+Label = Literal["saliency", "area"]
+Norm = Literal["l1", "l2", "l2sq"]
+GridSize = tuple[int, int] | Sequence[tuple[int, int]] | None
+Threshold = float | Literal["mean"]
+
+Check = Callable[[str, Any], None]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (float, int, np.floating, np.integer)) and not isinstance(value, bool)
+
+
+def is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, (int, torch.SymInt, np.integer)) and not isinstance(value, bool)
+
+
+def is_size(value: Any) -> TypeGuard[tuple[int, int]]:
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and all(is_int(extent) and extent >= 1 for extent in value)
+    )
+
+
+def check_probability(name: str, value: Any) -> None:
+    if not (is_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{name} must be a number in [0, 1]; got {value!r}")
+
+
+def check_int(name: str, value: Any, least: int) -> None:
+    if not (is_int(value) and value >= least):
+        raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool; got {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not (is_number(value) and 0 < value < math.inf):
+        raise ValueError(f"{name} must be a finite number > 0; got {value!r}")
+
+
+def _check_threshold(name: str, value: Any) -> None:
+    named = isinstance(value, str) and value == "mean"
+    if not (named or (is_number(value) and 0 <= value < 1)):
+        raise ValueError(f"{name} must be 'mean' or in [0, 1); got {value!r}")
+
+
+def _check_grid_size(name: str, value: Any) -> None:
+    sizes = isinstance(value, Sequence) and len(value) > 0 and all(is_size(size) for size in value)
+    if not (is_size(value) or sizes):
+        raise ValueError(
+            f"{name} must be (gh, gw), ints >= 1, a sequence of such sizes, or None; got {value!r}"
+        )
+
+
+def _check_token_grid(name: str, value: Any) -> None:
+    if not is_size(value):
+        raise ValueError(f"{name} must be (h, w), ints >= 1; got {value!r}")
+
+
+def _one_of(*names: str) -> Check:
+    accepted = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
+
+    def check(name: str, value: Any) -> None:
+        if value not in names:
+            raise ValueError(f"{name} must be {accepted}; got {value!r}")
+
+    return check
+
+
+def _at_least(least: int) -> Check:
+    return lambda name, value: check_int(name, value, least)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+@dataclass(slots=True, frozen=True)
+class Options:
+    """The options of a call, checked."""
+
+    temperature: Annotated[float, _check_positive] = 0.2
+    normalize: Annotated[Normalize, _one_of(*NORMALIZE)] = "max"
+    threshold: Annotated[Threshold, _check_threshold] = "mean"
+    grid_size: Annotated[GridSize, _or_none(_check_grid_size)] = None
+    alpha: Annotated[float, _check_positive] = 1.0
+    keep_prob: Annotated[float | None, _or_none(check_probability)] = None
+    selection: Annotated[Selection, _one_of("bernoulli", "topk")] = "bernoulli"
+    k: Annotated[int | None, _or_none(_at_least(1))] = None
+    label: Annotated[Label, _one_of("saliency", "area")] = "saliency"
+    norm: Annotated[Norm, _one_of("l1", "l2", "l2sq")] = "l1"
+    augmentations: Annotated[int, _at_least(1)] = 1
+    no_fixed_points: Annotated[bool, check_bool] = False
+    num_classes: Annotated[int | None, _or_none(_at_least(1))] = None
+    label_smoothing: Annotated[float, check_probability] = 0.0
+    token_grid: Annotated[tuple[int, int] | None, _or_none(_check_token_grid)] = None
+    prefix_tokens: Annotated[int, _at_least(0)] = 0
+    backend: str | None = None
+    """Checked by backends.choose, as what can run depends on the tensors of a call."""
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS:
+            check(name, getattr(self, name))
+        if (self.selection == "topk") != (self.k is not None):
+            raise ValueError(f"k goes with selection='topk'; got k={self.k!r}, {self.selection!r}")
+
+    def norm_position(self) -> int:
+        """What :attr:`sg_kernels.call.Call.norm` is for these options."""
+        return NORM.index("area" if self.label == "area" else self.norm)
+
+    def sizes(self, map_size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """The grid sizes of a call: the map's own, the one given, or those to draw from."""
+        given: Any = map_size if self.grid_size is None else self.grid_size
+        return tuple((gh, gw) for gh, gw in ([given] if is_size(given) else given))
+
+
+class OptionTypes(TypedDict, total=False):
+    """The fields of :class:`Options` once more, for type checkers and editors."""
+
+    temperature: float
+    normalize: Normalize
+    threshold: Threshold
+    grid_size: GridSize
+    alpha: float
+    keep_prob: float | None
+    selection: Selection
+    k: int | None
+    label: Label
+    norm: Norm
+    augmentations: int
+    no_fixed_points: bool
+    num_classes: int | None
+    label_smoothing: float
+    token_grid: tuple[int, int] | None
+    prefix_tokens: int
+    backend: str | None
+
+
+TYPES = get_type_hints(Options)
+"""The names of all options, with their types."""
+_CHECKS = [
+    (name, kind.__metadata__[0])
+    for name, kind in get_type_hints(Options, include_extras=True).items()
+    if hasattr(kind, "__metadata__")
+]
+DEFAULTS = Options()
+
+
+def options_of(caller: str, given: OptionTypes) -> Options:
+    """The options from the keyword arguments of ``caller``."""
+    if not given:
+        return DEFAULTS
+    for name in given:
+        if name not in TYPES:
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
+    return Options(**given)
+
+
+def lists_options(function: Function) -> Function:
+    """Lists the options in the signature of a function that takes them as ``**options``."""
+    signature = inspect.signature(function)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named += [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=getattr(DEFAULTS, name), annotation=kind)
+        for name, kind in TYPES.items()
+    ]
+    function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return function
