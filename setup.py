@@ -1,8 +1,8 @@
-"""Builds the compiled backends: each one library for every CPython and every torch from 2.10 on.
+"""Builds the compiled backends, one library each for every CPython and every torch from 2.10 on.
 
-SG_KERNELS_CUDA: 1 builds the library for CUDA, 0 does not, auto (the default) does where there is
-nvcc, and goes on without where that fails. TORCH_CUDA_ARCH_LIST: for which GPUs, as "9.0;10.0+PTX".
-SG_KERNELS_SANITIZE: sanitizers to build the CPU's library with.
+SG_KERNELS_CUDA: 1 builds the CUDA library, 0 does not; auto (the default) builds it if there is an
+nvcc, and goes on without it if that fails. TORCH_CUDA_ARCH_LIST: the GPUs to build for, such as
+"9.0;10.0+PTX". SG_KERNELS_SANITIZE: the sanitizers to build the CPU library with.
 """
 
 import os
@@ -27,6 +27,12 @@ ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 WANTED = os.environ.get("SG_KERNELS_CUDA", "auto")
 SANITIZE = os.environ.get("SG_KERNELS_SANITIZE", "")
 
+
+def files(*patterns: str) -> list[str]:
+    """The files of csrc that match, relative to this one, as setuptools wants them."""
+    return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+
+
 INCLUDES = [argument for path in cpp_extension.include_paths() for argument in ("-isystem", path)]
 LIBRARY_DIRS = cpp_extension.library_paths()
 LIBRARIES = ["torch", "torch_cpu", "c10"]
@@ -34,13 +40,8 @@ TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
 
 CPU = Extension(
     "sg_kernels.libsg_kernels_cpu",
-    sources=[
-        "csrc/library.cpp",
-        "csrc/cpu/saliency.cpp",
-        "csrc/cpu/cells.cpp",
-        "csrc/cpu/graft.cpp",
-    ],
-    depends=["csrc/philox.h", "csrc/graft.h", "csrc/kernels.h", "csrc/cpu/cells.h"],
+    sources=files("*.cpp", "cpu/*.cpp"),
+    depends=files("*.h", "cpu/*.h"),
     library_dirs=LIBRARY_DIRS,
     libraries=LIBRARIES,
     define_macros=[TARGET, ("SG_KERNELS_BACKEND", '"cpp"'), ("SG_KERNELS_DEVICE", "CPU")],
@@ -54,7 +55,7 @@ CPU = Extension(
         "-Wno-psabi",
         "-fvisibility=hidden",
         "-fno-trapping-math",
-        "-ffp-contract=off",  # a*b + c rounds twice on every instruction set, as the reference does
+        "-ffp-contract=off",  # a*b + c rounds twice on every processor, as in the reference
     ],
 )
 if SANITIZE:
@@ -63,7 +64,7 @@ if SANITIZE:
 
 
 def gencode(architectures: str) -> list[str]:
-    """What nvcc takes for a list as of TORCH_CUDA_ARCH_LIST."""
+    """The arguments of nvcc for a list in the format of TORCH_CUDA_ARCH_LIST."""
     arguments = []
     for entry in re.split(r"[;\s]+", architectures.strip()):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
@@ -76,15 +77,10 @@ def gencode(architectures: str) -> list[str]:
     return arguments
 
 
-# nvcc compiles and links this one by itself: setuptools knows no .cu.
+# nvcc compiles and links this one, as setuptools does not know .cu.
 CUDA = Extension(
     "sg_kernels.libsg_kernels_cuda",
-    sources=[
-        "csrc/library.cpp",
-        "csrc/cuda/saliency.cu",
-        "csrc/cuda/graft.cu",
-        "csrc/cuda/saliency_graft.cu",
-    ],
+    sources=files("*.cpp", "cuda/*.cpp", "cuda/*.cu"),
     extra_compile_args=[
         *INCLUDES,
         f"-D{TARGET[0]}={TARGET[1]}",
@@ -93,7 +89,7 @@ CUDA = Extension(
         "-DUSE_CUDA",
         "-std=c++17",
         "-O3",
-        "--fmad=false",  # a*b + c rounds twice, as the reference does
+        "--fmad=false",  # a*b + c rounds twice, as in the reference
         "--threads=0",
         "--compiler-options=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
     ],
@@ -101,7 +97,7 @@ CUDA = Extension(
         "-shared",
         "--cudart=static",
         *(f"-L{path}" for path in LIBRARY_DIRS),
-        # Symbols are looked up in torch's libraries, which must not be dropped as unused.
+        # Symbols are resolved in torch's libraries, so the linker must keep those that look unused.
         "--linker-options=--no-as-needed",
         *(f"-l{name}" for name in LIBRARIES),
     ],
@@ -109,16 +105,16 @@ CUDA = Extension(
 
 
 def nvcc() -> str | None:
-    # Not torch's CUDA_HOME, which is None where torch is built for the CPU.
+    # torch's CUDA_HOME is None if torch is built for the CPU.
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
 def known_architectures() -> str:
-    """Those that this nvcc compiles for, as of TORCH_CUDA_ARCH_LIST; PTX is for newer ones."""
+    """The ARCHITECTURES that this nvcc supports, and PTX for newer GPUs."""
     listed = subprocess.run([str(nvcc()), "--list-gpu-arch"], stdout=subprocess.PIPE, text=True)
     known = listed.stdout.split()
-    # All where an nvcc lists none: it will say itself what is wrong.
+    # If nvcc lists none, its own error message says what is wrong.
     found = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known] or ARCHITECTURES
     return ";".join(found) + "+PTX"
 
@@ -127,18 +123,18 @@ def wants_cuda() -> bool:
     if WANTED not in ("0", "1", "auto"):
         raise SetupError(f"SG_KERNELS_CUDA must be 0, 1 or auto; got {WANTED!r}")
     if WANTED == "1" and nvcc() is None:
-        raise SetupError("SG_KERNELS_CUDA=1, but no nvcc is found: set CUDA_HOME or PATH")
+        raise SetupError("SG_KERNELS_CUDA=1, but nvcc is not found: set CUDA_HOME or PATH")
     return WANTED != "0" and nvcc() is not None and not SANITIZE
 
 
 class BuildLibrary(build_ext):
-    """A shared library under its plain name: it is loaded by torch, not imported by Python."""
+    """Builds shared libraries with plain names: torch loads them, Python does not import them."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
     def run(self) -> None:
-        # One of an earlier build would be packed or loaded where this one makes none.
+        # The library of an earlier build must not be packed or loaded if this build makes none.
         library = self.get_ext_filename(CUDA.name)
         Path(self.build_lib, library).unlink(missing_ok=True)
         if self.inplace:

@@ -1,15 +1,15 @@
-// What a backend implements, in plain pointers, sizes and strides: csrc/cpu and csrc/cuda, each
-// linked with library.cpp, which fills them from tensors, to a library of its own.
+// What a backend implements, in plain pointers, sizes and strides. csrc/cpu and csrc/cuda define
+// the functions below; operators.cpp calls them with what it reads from tensors.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 
-#include "graft.h"
+#include "cells.h"
+#include "dtype.h"
+#include "philox.h"
 
 namespace sg_kernels {
-
-enum class Float { kHalf, kBFloat16, kFloat, kDouble };
 
 // A strided (batch, channels, height, width) array; strides and the element in bytes.
 struct Batch {
@@ -17,8 +17,19 @@ struct Batch {
   std::int64_t batch, channels, height, width;
   std::int64_t batch_stride, channel_stride, row_stride, column_stride;
   std::int64_t element;
+
+  std::int64_t pixels() const { return batch * channels * height * width; }
 };
 
+// The source of a call's randomness.
+struct Seed {
+  const std::int64_t* device;  // where the seed lies on the GPU; nullptr: it is `value`
+  std::uint64_t value;
+  std::int64_t* step;  // the number of this call, which the call advances; nullptr: none
+  std::uint32_t rank;
+};
+
+// Stages 3 and 4.
 struct Selection {
   float temperature;
   Normalize normalize;
@@ -26,16 +37,9 @@ struct Selection {
   std::int64_t k;  // 0: by threshold
 };
 
-// Where the seed of a call comes from.
-struct Seed {
-  const std::int64_t* device;  // nullptr: it is `value`
-  std::uint64_t value;
-  std::int64_t* step;  // nullptr, or the number of this call, which the call advances
-  std::uint32_t rank;
-};
-
+// Stage 5 and the pairing.
 struct Draws {
-  const std::int64_t* quantiles;  // of p; nullptr: it is keep_prob
+  const std::int64_t* quantiles;  // of p; nullptr: p is keep_prob
   double keep_prob, prob;
   bool no_fixed_points;
 
@@ -45,30 +49,35 @@ struct Draws {
   }
 };
 
+// Stage 8: class ids or dense rows; without targets neither, and no classes.
 struct Targets {
-  const std::int64_t* ids;  // one of ids and rows, or neither
+  const std::int64_t* ids;
   const float* rows;
   std::int64_t classes;
   float smoothing;
 };
 
-struct Inputs {
+// The operator's arguments; see sg_kernels/call.py.
+struct Call {
   Batch images;
-  bool ready;  // the saliency is ready_map, not the sum of features
+  std::int64_t augmentations;
+  bool ready;  // stage 1 takes the map `saliency`, otherwise `features`
   Batch features;
   Float features_type;
-  const float* ready_map;
+  const float* saliency;
   Grid map, grid;
-  const std::int64_t* given_index;  // or nullptr
+  const std::int64_t* index;  // nullptr: the pairing is drawn
   Seed seed;
   Selection selection;
   Draws draws;
   Norm norm;
   Targets targets;
+
+  SG_HOST_DEVICE std::int64_t rows() const { return augmentations * images.batch; }
 };
 
-// One image a row; index and lam (rows,), mask (rows, grid), targets (rows, classes); saliency
-// (batch, map).
+// images has a row per output; lam and index (rows,), mask (rows, grid), targets (rows, classes);
+// saliency (batch, map).
 struct Outputs {
   Batch images;
   float* lam;
@@ -78,31 +87,31 @@ struct Outputs {
   float* targets;
 };
 
-// Where a call runs, which concerns the GPU alone.
+// Where a call runs; only the GPU needs it.
 struct Context {
   void* stream;
-  std::function<void*(std::int64_t bytes)> scratch;  // memory until the call returns
+  std::function<void*(std::int64_t bytes)> scratch;  // memory that lasts until the call returns
 };
 
 // map: (batch, height, width), contiguous.
 void channel_saliency(const Batch& features, Float type, float* map, const Context& context);
 
-// out has one image a row of mask, (rows, grid).
+// out has an image for each row of mask, (rows, grid).
 void graft(
     const Batch& images, const bool* mask, Grid grid, const std::int64_t* index, const Batch& out,
     const Context& context);
 
-// grad has one image a row of mask; out, their gradient, has as many as there were images. An
-// element holds several numbers of `type` where it is complex.
+// grad has an image for each row of mask; out, the gradient of the images, has one for each of
+// them. A complex element is two numbers of `type`.
 void graft_backward(
     const Batch& grad, Float type, const bool* mask, Grid grid, const std::int64_t* index,
     const Batch& out, const Context& context);
 
-// lam, index (rows,); mixed (rows, classes).
+// lam and index: (rows,); mixed: (rows, classes).
 void mix_targets(
     const Targets& targets, std::int64_t batch, const float* lam, const std::int64_t* index,
     std::int64_t rows, float* mixed, const Context& context);
 
-void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context& context);
+void saliency_graft(const Call& call, const Outputs& outputs, const Context& context);
 
 }  // namespace sg_kernels

@@ -1,5 +1,5 @@
-// The operators on the LibTorch stable ABI; their schemas stand in sg_kernels/ops.py. Compiled once
-// for each backend, SG_KERNELS_BACKEND, whose tensors are on SG_KERNELS_DEVICE.
+// The operators on the LibTorch stable ABI; sg_kernels/ops.py defines their schemas. This file is
+// compiled once per backend, SG_KERNELS_BACKEND, for tensors on SG_KERNELS_DEVICE.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,11 +11,10 @@
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
+#include "backend.h"
 
 namespace sg_kernels::ops {
 namespace {
@@ -23,6 +22,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<std::int64_t>;
+
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
 
 // A fresh tensor on the device of `like`.
 Tensor empty_strided(
@@ -43,25 +47,31 @@ Tensor empty(const Tensor& like, const Sizes& sizes, std::int32_t dtype) {
   return empty_strided(like, sizes, strides, dtype);
 }
 
-// First touching a large fresh output costs more than writing it; in huge pages it costs far less.
+std::int32_t dtype_of(const Tensor& tensor) {
+  std::int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+// The page faults of a large fresh output cost more than writing it; huge pages take far fewer.
 void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
 #ifdef MADV_HUGEPAGE
-  constexpr std::uintptr_t kPage = 4096, kHugePage = std::uintptr_t{2} << 20;
+  constexpr std::uintptr_t kPage = 4096;  // madvise takes whole pages
+  constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
   const auto begin = reinterpret_cast<std::uintptr_t>(fresh.data_ptr());
   const std::uintptr_t end = begin + fresh.numel() * fresh.element_size();
   const std::uintptr_t first = begin / kPage * kPage;
   const std::uintptr_t last = (end + kPage - 1) / kPage * kPage;
-  if (end - begin >= 2 * kHugePage)
+  if (end - begin >= 2 * kHugePage)  // so that at least one huge page fits
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
-// An output of `rows` images in the memory format of `images`, as reference.empty_rows has it.
+// An output of `rows` images in the memory format of `images`; see reference.empty_rows.
 Tensor empty_rows(const Tensor& images, std::int64_t rows) {
   const std::int64_t c = images.size(1), h = images.size(2), w = images.size(3);
   const bool channels_last = 0 < images.stride(1) && images.stride(1) < images.stride(3);
-  std::int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(images.get(), &dtype));
+  const std::int32_t dtype = dtype_of(images);
   const Tensor fresh = channels_last
                            ? empty_strided(images, {rows, c, h, w}, {c * h * w, 1, c * w, c}, dtype)
                            : empty(images, {rows, c, h, w}, dtype);
@@ -69,33 +79,44 @@ Tensor empty_rows(const Tensor& images, std::int64_t rows) {
   return fresh;
 }
 
-// Runs what follows on the device of a tensor, on its current stream.
-class Call {
+// Runs an operator on the device of a tensor, on its current stream, and keeps what the operator
+// needs until it returns.
+class Scope {
  public:
-  explicit Call(const Tensor& tensor)
+  explicit Scope(const Tensor& tensor)
+      :
 #ifdef USE_CUDA
-      : guard_(tensor.get_device_index())
+        guard_(tensor.get_device_index()),
 #endif
-  {
+        tensor_(tensor) {
 #ifdef USE_CUDA
     TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream));
 #endif
-    context_.scratch = [this, tensor](std::int64_t bytes) {
-      scratch_.push_back(empty(tensor, {bytes}, aoti_torch_dtype_uint8()));
-      return scratch_.back().data_ptr();
+    context_.scratch = [this](std::int64_t bytes) {
+      kept_.push_back(empty(tensor_, {bytes}, aoti_torch_dtype_uint8()));
+      return kept_.back().data_ptr();
     };
   }
-  Call(const Call&) = delete;
-  Call& operator=(const Call&) = delete;
+  Scope(const Scope&) = delete;
+  Scope& operator=(const Scope&) = delete;
 
   const Context& context() const { return context_; }
+
+  // The elements of a tensor, contiguous; copied if they are not.
+  template <class T>
+  const T* dense(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return data_of<T>(tensor);
+    kept_.push_back(torch::stable::contiguous(tensor));
+    return data_of<T>(kept_.back());
+  }
 
  private:
 #ifdef USE_CUDA
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
-  std::vector<Tensor> scratch_;  // freed in the order of the stream: the kernels have run by then
+  const Tensor& tensor_;
+  std::vector<Tensor> kept_;  // freed in the order of the stream, so after the kernels have run
   Context context_{};
 };
 
@@ -103,7 +124,7 @@ Batch batch_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const auto size = static_cast<std::int64_t>(tensor.element_size());
   return {
-      static_cast<char*>(tensor.data_ptr()),
+      data_of<char>(tensor),
       sizes[0],
       sizes[1],
       sizes[2],
@@ -115,9 +136,7 @@ Batch batch_of(const Tensor& tensor) {
       size};
 }
 
-Grid grid_of(const Tensor& map) { return {map.size(1), map.size(2)}; }
-
-// The type of a tensor's numbers, of which a complex element holds two.
+// The type of a tensor's numbers; a complex element holds two.
 Float float_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Half:
@@ -131,261 +150,243 @@ Float float_of(const Tensor& tensor, const char* name) {
   }
 }
 
-bool is_complex(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  return type == ScalarType::ComplexHalf || type == ScalarType::ComplexFloat ||
-         type == ScalarType::ComplexDouble;
+// An enumeration arrives as a position, 0 .. last.
+template <class Enum>
+Enum enum_of(std::int64_t position, Enum last, const char* name) {
+  const auto highest = static_cast<std::int64_t>(last);
+  STD_TORCH_CHECK(
+      in_range(position, highest + 1), name, " must be in 0 .. ", highest, "; got ", position);
+  return static_cast<Enum>(position);
 }
 
-template <class T>
-const T* data_of(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.data_ptr());
+void check_images(const Tensor& images, const char* name = "images") {
+  STD_TORCH_CHECK(images.dim() == 4, name, " must have 4 dimensions; got ", images.dim());
 }
 
-template <class T>
-T* data_to(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
+void check_features(const Tensor& features) {
+  const ScalarType type = features.scalar_type();
+  const bool complex = type == ScalarType::ComplexHalf || type == ScalarType::ComplexFloat ||
+                       type == ScalarType::ComplexDouble;
+  STD_TORCH_CHECK(features.dim() == 4 && !complex, "features must be real, (B, K, h, w)");
 }
 
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-Tensor checked(const Tensor& tensor, ScalarType type, std::int64_t dim, const char* name) {
+void check(const Tensor& tensor, ScalarType type, std::int64_t dim, const char* name) {
   STD_TORCH_CHECK(
       tensor.scalar_type() == type && tensor.dim() == dim, name, " must be ",
-      torch::headeronly::toString(type), " of ", dim, " dimensions");
-  return dense(tensor);
+      torch::headeronly::toString(type), " with ", dim, " dimensions");
 }
 
-void check_rows(std::int64_t rows, std::int64_t batch, const Tensor& index) {
+void check_index(const Tensor& index, std::int64_t rows, std::int64_t batch) {
+  check(index, ScalarType::Long, 1, "index");
   STD_TORCH_CHECK(index.size(0) == rows, "index must have ", rows, " entries");
   STD_TORCH_CHECK(
       batch == 0 ? rows == 0 : rows % batch == 0, "rows must be a multiple of the batch, ", batch);
 }
 
-Normalize normalize_of(const std::string& name) {
-  if (name == "max") return Normalize::kMax;
-  if (name == "mean") return Normalize::kMean;
-  STD_TORCH_CHECK(name == "none", "normalize must be max, mean or none; got ", name);
-  return Normalize::kNone;
+void check_grid(Grid grid, const Tensor& images, const char* name) {
+  STD_TORCH_CHECK(
+      grid.height >= 1 && grid.height <= images.size(2) && grid.width >= 1 &&
+          grid.width <= images.size(3),
+      name, " must have cells and be no finer than the images");
 }
 
-Norm norm_of(const std::string& name) {
-  if (name == "l1") return Norm::kL1;
-  if (name == "l2") return Norm::kL2;
-  if (name == "l2sq") return Norm::kL2Squared;
-  STD_TORCH_CHECK(name == "area", "norm must be l1, l2, l2sq or area; got ", name);
-  return Norm::kArea;
+Grid checked_grid(const Tensor& mask, const Tensor& images) {
+  check(mask, ScalarType::Bool, 3, "mask");
+  const Grid grid{mask.size(1), mask.size(2)};
+  if (images.numel() > 0) check_grid(grid, images, "mask");
+  return grid;
+}
+
+// Where an operator writes its images, and what it returns in their place: an output must not be
+// an input, so with `out` that is an empty tensor.
+struct Destination {
+  Tensor written, returned;
+};
+
+Destination destination(
+    const std::optional<Tensor>& out, const Tensor& images, std::int64_t rows) {
+  if (!out) {
+    const Tensor fresh = empty_rows(images, rows);
+    return {fresh, fresh};
+  }
+  STD_TORCH_CHECK(
+      out->dim() == 4 && out->size(0) == rows && out->size(1) == images.size(1) &&
+          out->size(2) == images.size(2) && out->size(3) == images.size(3) &&
+          out->scalar_type() == images.scalar_type(),
+      "out must have ", rows, " rows with the images' size and dtype");
+  return {*out, empty(images, {0}, dtype_of(images))};
 }
 
 Tensor channel_saliency(const Tensor& features) {
-  STD_TORCH_CHECK(
-      features.dim() == 4 && !is_complex(features), "features must be real, (B, K, h, w)");
-  const Call call(features);
+  check_features(features);
+  const Scope scope(features);
   const Tensor map = empty(
       features, {features.size(0), features.size(2), features.size(3)}, aoti_torch_dtype_float32());
   sg_kernels::channel_saliency(
-      batch_of(features), float_of(features, "features"), data_to<float>(map), call.context());
+      batch_of(features), float_of(features, "features"), data_of<float>(map), scope.context());
   return map;
 }
 
-void check_out(const Tensor& out, const Tensor& images, std::int64_t rows) {
-  STD_TORCH_CHECK(
-      out.dim() == 4 && out.size(0) == rows && out.size(1) == images.size(1) &&
-          out.size(2) == images.size(2) && out.size(3) == images.size(3) &&
-          out.scalar_type() == images.scalar_type(),
-      "out must have ", rows, " rows, of the images' size and dtype");
-}
-
-void check_grid(const Tensor& mask, const Tensor& images) {
-  STD_TORCH_CHECK(
-      images.numel() == 0 || (mask.size(1) >= 1 && mask.size(1) <= images.size(2) &&
-                              mask.size(2) >= 1 && mask.size(2) <= images.size(3)),
-      "mask must have cells, and be no finer than the images");
-}
-
-void graft_out(const Tensor& out, const Tensor& images, const Tensor& mask, const Tensor& index) {
-  STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
-  const Tensor cells = checked(mask, ScalarType::Bool, 3, "mask");
-  const Tensor destinations = checked(index, ScalarType::Long, 1, "index");
-  check_rows(mask.size(0), images.size(0), index);
-  check_out(out, images, mask.size(0));
-  check_grid(mask, images);
-  const Call call(images);
+Tensor graft(
+    const Tensor& images, const Tensor& mask, const Tensor& index,
+    const std::optional<Tensor>& out) {
+  check_images(images);
+  const Grid grid = checked_grid(mask, images);
+  check_index(index, mask.size(0), images.size(0));
+  Scope scope(images);
+  const Destination to = destination(out, images, mask.size(0));
   sg_kernels::graft(
-      batch_of(images), data_of<bool>(cells), grid_of(mask), data_of<std::int64_t>(destinations),
-      batch_of(out), call.context());
-}
-
-Tensor graft(const Tensor& images, const Tensor& mask, const Tensor& index) {
-  STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
-  const Tensor out = empty_rows(images, mask.size(0));
-  graft_out(out, images, mask, index);
-  return out;
+      batch_of(images), scope.dense<bool>(mask), grid, scope.dense<std::int64_t>(index),
+      batch_of(to.written), scope.context());
+  return to.returned;
 }
 
 Tensor graft_backward(
     const Tensor& grad, const Tensor& mask, const Tensor& index, std::int64_t augmentations) {
-  STD_TORCH_CHECK(grad.dim() == 4, "grad must be (rows, C, H, W)");
+  check_images(grad, "grad");
   STD_TORCH_CHECK(augmentations >= 1, "augmentations must be >= 1");
-  const Tensor cells = checked(mask, ScalarType::Bool, 3, "mask");
-  const Tensor destinations = checked(index, ScalarType::Long, 1, "index");
+  const Grid grid = checked_grid(mask, grad);
+  STD_TORCH_CHECK(mask.size(0) == grad.size(0), "mask must have as many rows as grad");
   const std::int64_t batch = grad.size(0) / augmentations;
-  STD_TORCH_CHECK(mask.size(0) == grad.size(0), "mask must have a row for each of grad's");
-  check_grid(mask, grad);
-  check_rows(grad.size(0), batch, index);
-  const Call call(grad);
+  check_index(index, grad.size(0), batch);
+  Scope scope(grad);
   const Tensor out = empty_rows(grad, batch);
   sg_kernels::graft_backward(
-      batch_of(grad), float_of(grad, "grad"), data_of<bool>(cells), grid_of(mask),
-      data_of<std::int64_t>(destinations), batch_of(out), call.context());
+      batch_of(grad), float_of(grad, "grad"), scope.dense<bool>(mask), grid,
+      scope.dense<std::int64_t>(index), batch_of(out), scope.context());
   return out;
 }
 
-// Targets as the kernels take them; `dense` keeps their memory.
-Targets targets_of(const Tensor& dense, std::int64_t num_classes, double label_smoothing) {
-  const bool ids = dense.dim() == 1;
+Targets targets_of(
+    const Tensor& targets, std::int64_t num_classes, double label_smoothing, Scope& scope) {
+  const bool ids = targets.dim() == 1;
   STD_TORCH_CHECK(
-      dense.scalar_type() == (ids ? ScalarType::Long : ScalarType::Float),
+      targets.scalar_type() == (ids ? ScalarType::Long : ScalarType::Float),
       "targets must be int64 class ids or float32 rows");
   STD_TORCH_CHECK(
-      ids || (dense.dim() == 2 && dense.size(1) == num_classes),
+      ids || (targets.dim() == 2 && targets.size(1) == num_classes),
       "targets must have num_classes columns");
   return {
-      ids ? data_of<std::int64_t>(dense) : nullptr, ids ? nullptr : data_of<float>(dense),
-      num_classes, static_cast<float>(label_smoothing)};
+      ids ? scope.dense<std::int64_t>(targets) : nullptr,
+      ids ? nullptr : scope.dense<float>(targets), num_classes,
+      static_cast<float>(label_smoothing)};
 }
 
 Tensor mix_targets(
     const Tensor& targets, const Tensor& lam, const Tensor& index, std::int64_t num_classes,
     double label_smoothing) {
-  const Tensor weights = checked(lam, ScalarType::Float, 1, "lam");
-  const Tensor destinations = checked(index, ScalarType::Long, 1, "index");
-  const Tensor rows_or_ids = dense(targets);
+  check(lam, ScalarType::Float, 1, "lam");
   const std::int64_t batch = targets.size(0), rows = lam.size(0);
-  check_rows(rows, batch, index);
-  const Targets source = targets_of(rows_or_ids, num_classes, label_smoothing);
-  const Call call(lam);
+  check_index(index, rows, batch);
+  Scope scope(lam);
+  const Targets source = targets_of(targets, num_classes, label_smoothing, scope);
   const Tensor mixed = empty(lam, {rows, num_classes}, aoti_torch_dtype_float32());
   sg_kernels::mix_targets(
-      source, batch, data_of<float>(weights), data_of<std::int64_t>(destinations), rows,
-      data_to<float>(mixed), call.context());
+      source, batch, scope.dense<float>(lam), scope.dense<std::int64_t>(index), rows,
+      data_of<float>(mixed), scope.context());
   return mixed;
 }
 
-// A seed that lies on the host is read here: an operator waits for no device.
+// A seed on the host is read here; one on a device is read there, so that no operator waits.
 Seed seed_of(const Tensor& seed, const std::optional<Tensor>& step, std::int64_t rank) {
-  const auto* value = data_of<std::int64_t>(seed);
-  const bool on_host = seed.is_cpu();
-  return {
-      on_host ? nullptr : value, on_host ? static_cast<std::uint64_t>(*value) : 0,
-      step ? data_to<std::int64_t>(*step) : nullptr, static_cast<std::uint32_t>(rank)};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft_out(
-    const Tensor& out, const Tensor& images, const std::optional<Tensor>& features,
-    const std::optional<Tensor>& ready_saliency, const std::optional<Tensor>& given_index,
-    const std::optional<Tensor>& targets, const Tensor& seed_tensor,
-    const std::optional<Tensor>& step, std::int64_t rank, const std::optional<Tensor>& quantiles,
-    double keep_prob, const std::vector<std::int64_t>& grid_size, double temperature,
-    const std::string& normalize, double threshold, std::optional<std::int64_t> k,
-    const std::string& norm_name, double prob, std::int64_t augmentations, bool no_fixed_points,
-    std::int64_t num_classes, double label_smoothing) {
-  STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
-  STD_TORCH_CHECK(
-      features.has_value() != ready_saliency.has_value(), "give one of features and saliency");
   const auto is_number = [](const Tensor& tensor) {
     return tensor.scalar_type() == ScalarType::Long && tensor.numel() == 1;
   };
   STD_TORCH_CHECK(
-      is_number(seed_tensor) && (!step || is_number(*step)),
-      "seed and step must be one int64 each");
-  std::optional<Tensor> table;
-  if (quantiles) {
-    table = checked(*quantiles, ScalarType::Long, 1, "quantiles");
-    STD_TORCH_CHECK(
-        table->numel() == kQuantileBins + 1, "quantiles must have ", kQuantileBins, " bins");
-  }
-  STD_TORCH_CHECK(augmentations >= 1, "augmentations must be >= 1");
-  const std::int64_t batch = images.size(0), rows = augmentations * batch;
-  const Grid grid{grid_size.at(0), grid_size.at(1)};
-  STD_TORCH_CHECK(
-      grid.height >= 1 && grid.width >= 1 && grid.height <= images.size(2) &&
-          grid.width <= images.size(3),
-      "grid_size must be >= 1 and no finer than the images");
-  STD_TORCH_CHECK(!k || (*k >= 1 && *k <= grid.cells()), "k must be in 1 .. cells");
-  std::optional<Tensor> given_destinations;
-  if (given_index) {
-    given_destinations = checked(*given_index, ScalarType::Long, 1, "index");
-    check_rows(rows, batch, *given_index);
-  }
-  check_out(out, images, rows);
-  STD_TORCH_CHECK(!targets || targets->size(0) == batch, "targets: not the batch of images");
-  std::optional<Tensor> dense_targets;
-  Targets source{};
-  if (targets) {
-    dense_targets = dense(*targets);
-    source = targets_of(*dense_targets, num_classes, label_smoothing);
-  }
-  const Norm norm = norm_of(norm_name);
-  const Selection selection{
-      static_cast<float>(temperature), normalize_of(normalize), static_cast<float>(threshold),
-      k.value_or(0)};
-  std::optional<Tensor> ready;
-  if (ready_saliency) ready = checked(*ready_saliency, ScalarType::Float, 3, "saliency");
-  STD_TORCH_CHECK(
-      ready || (features->dim() == 4 && !is_complex(*features)),
-      "features must be real, (B, K, h, w)");
-  const Tensor& mapped = ready ? *ready : *features;
-  const Grid map{mapped.size(mapped.dim() - 2), mapped.size(mapped.dim() - 1)};
-  STD_TORCH_CHECK(
-      mapped.size(0) == batch && map.cells() > 0,
-      "features, saliency: not the batch of images, or without cells");
+      is_number(seed) && (!step || is_number(*step)), "seed and step must be one int64 each");
+  const auto* value = data_of<std::int64_t>(seed);
+  const bool on_host = seed.is_cpu();
+  return {
+      on_host ? nullptr : value, on_host ? static_cast<std::uint64_t>(*value) : 0,
+      step ? data_of<std::int64_t>(*step) : nullptr, static_cast<std::uint32_t>(rank)};
+}
 
-  const Call call(images);
+const std::int64_t* quantiles_of(const std::optional<Tensor>& quantiles, Scope& scope) {
+  if (!quantiles) return nullptr;
+  check(*quantiles, ScalarType::Long, 1, "quantiles");
+  STD_TORCH_CHECK(
+      quantiles->numel() == kQuantileBins + 1, "quantiles must have ", kQuantileBins, " bins");
+  return scope.dense<std::int64_t>(*quantiles);
+}
+
+// Fills what stage 1 reads: features or a ready map.
+void set_source(
+    Call& call, const std::optional<Tensor>& features, const std::optional<Tensor>& saliency,
+    Scope& scope) {
+  STD_TORCH_CHECK(
+      features.has_value() != saliency.has_value(), "give one of features and saliency");
+  call.ready = saliency.has_value();
+  if (call.ready) {
+    check(*saliency, ScalarType::Float, 3, "saliency");
+    call.saliency = scope.dense<float>(*saliency);
+    call.map = {saliency->size(1), saliency->size(2)};
+  } else {
+    check_features(*features);
+    call.features = batch_of(*features);
+    call.features_type = float_of(*features, "features");
+    call.map = {call.features.height, call.features.width};
+  }
+  STD_TORCH_CHECK(
+      (call.ready ? *saliency : *features).size(0) == call.images.batch && call.map.cells() > 0,
+      "features, saliency: must have the batch of images, and cells");
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Results run(
+    const Call& call, const Tensor& images, const std::optional<Tensor>& out,
+    const Context& context) {
+  const std::int64_t batch = call.images.batch, rows = call.rows();
+  const Grid map = call.map, grid = call.grid;
+  const Destination to = destination(out, images, rows);
   const Tensor lam = empty(images, {rows}, aoti_torch_dtype_float32());
   const Tensor index = empty(images, {rows}, aoti_torch_dtype_int64());
   const Tensor mask = empty(images, {rows, grid.height, grid.width}, aoti_torch_dtype_bool());
   const Tensor saliency = empty(images, {batch, map.height, map.width}, aoti_torch_dtype_float32());
-  const Tensor mixed = empty(images, {rows, source.classes}, aoti_torch_dtype_float32());
+  const Tensor targets = empty(images, {rows, call.targets.classes}, aoti_torch_dtype_float32());
   sg_kernels::saliency_graft(
-      {batch_of(images),
-       ready.has_value(),
-       ready ? Batch{} : batch_of(*features),
-       ready ? Float{} : float_of(*features, "features"),
-       ready ? data_of<float>(*ready) : nullptr,
-       map,
-       grid,
-       given_destinations ? data_of<std::int64_t>(*given_destinations) : nullptr,
-       seed_of(seed_tensor, step, rank),
-       selection,
-       {table ? data_of<std::int64_t>(*table) : nullptr, keep_prob, prob, no_fixed_points},
-       norm,
-       source},
-      {batch_of(out), data_to<float>(lam), data_to<std::int64_t>(index), data_to<bool>(mask),
-       data_to<float>(saliency), data_to<float>(mixed)},
-      call.context());
-  return {lam, index, mask, saliency, mixed};
+      call,
+      {batch_of(to.written), data_of<float>(lam), data_of<std::int64_t>(index),
+       data_of<bool>(mask), data_of<float>(saliency), data_of<float>(targets)},
+      context);
+  return {to.returned, lam, index, mask, saliency, targets};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> saliency_graft(
-    const Tensor& images, const std::optional<Tensor>& features,
-    const std::optional<Tensor>& saliency, const std::optional<Tensor>& index,
-    const std::optional<Tensor>& targets, const Tensor& seed, const std::optional<Tensor>& step,
-    std::int64_t rank, const std::optional<Tensor>& quantiles, double keep_prob,
-    const std::vector<std::int64_t>& grid_size, double temperature, const std::string& normalize,
-    double threshold, std::optional<std::int64_t> k, const std::string& norm, double prob,
-    std::int64_t augmentations, bool no_fixed_points, std::int64_t num_classes,
+// The parameters are the fields of sg_kernels/call.py's Call, in order; this is their one list.
+Results saliency_graft(
+    const Tensor& images, const Tensor& seed, const std::vector<std::int64_t>& grid_size,
+    double temperature, double threshold, std::int64_t normalize, std::int64_t norm,
+    const std::optional<Tensor>& features, const std::optional<Tensor>& saliency,
+    const std::optional<Tensor>& index, const std::optional<Tensor>& targets,
+    const std::optional<Tensor>& out, const std::optional<Tensor>& step, std::int64_t rank,
+    const std::optional<Tensor>& quantiles, double keep_prob, std::optional<std::int64_t> k,
+    double prob, std::int64_t augmentations, bool no_fixed_points, std::int64_t num_classes,
     double label_smoothing) {
-  STD_TORCH_CHECK(images.dim() == 4, "images must be (B, C, H, W)");
-  const Tensor out = empty_rows(images, augmentations * images.size(0));
-  return std::tuple_cat(
-      std::make_tuple(out),
-      saliency_graft_out(
-          out, images, features, saliency, index, targets, seed, step, rank, quantiles, keep_prob,
-          grid_size, temperature, normalize, threshold, k, norm, prob, augmentations,
-          no_fixed_points, num_classes, label_smoothing));
+  check_images(images);
+  STD_TORCH_CHECK(augmentations >= 1, "augmentations must be >= 1");
+  Scope scope(images);
+  Call call{};
+  call.images = batch_of(images);
+  call.augmentations = augmentations;
+  call.seed = seed_of(seed, step, rank);
+  call.grid = {grid_size.at(0), grid_size.at(1)};
+  check_grid(call.grid, images, "grid_size");
+  STD_TORCH_CHECK(!k || (*k >= 1 && *k <= call.grid.cells()), "k must be in 1 .. cells");
+  call.selection = {
+      static_cast<float>(temperature), enum_of(normalize, Normalize::kNone, "normalize"),
+      static_cast<float>(threshold), k.value_or(0)};
+  call.norm = enum_of(norm, Norm::kArea, "norm");
+  set_source(call, features, saliency, scope);
+  if (index) {
+    check_index(*index, call.rows(), call.images.batch);
+    call.index = scope.dense<std::int64_t>(*index);
+  }
+  if (targets) {
+    STD_TORCH_CHECK(targets->size(0) == call.images.batch, "targets must have the batch of images");
+    call.targets = targets_of(*targets, num_classes, label_smoothing, scope);
+  }
+  call.draws = {quantiles_of(quantiles, scope), keep_prob, prob, no_fixed_points};
+  return run(call, images, out, scope.context());
 }
 
 }  // namespace
@@ -395,9 +396,7 @@ STABLE_TORCH_LIBRARY_IMPL(sg_kernels, SG_KERNELS_DEVICE, library) {
   using namespace sg_kernels::ops;
   library.impl("channel_saliency." SG_KERNELS_BACKEND, TORCH_BOX(&channel_saliency));
   library.impl("graft." SG_KERNELS_BACKEND, TORCH_BOX(&graft));
-  library.impl("graft_out." SG_KERNELS_BACKEND, TORCH_BOX(&graft_out));
   library.impl("graft_backward." SG_KERNELS_BACKEND, TORCH_BOX(&graft_backward));
   library.impl("mix_targets." SG_KERNELS_BACKEND, TORCH_BOX(&mix_targets));
   library.impl("saliency_graft." SG_KERNELS_BACKEND, TORCH_BOX(&saliency_graft));
-  library.impl("saliency_graft_out." SG_KERNELS_BACKEND, TORCH_BOX(&saliency_graft_out));
 }

@@ -1,14 +1,10 @@
-// Philox4x32-10 and the draws made of it, for host and device. The counter layout and the meaning
-// of every word are those of sg_kernels/rng.py.
+// Philox4x32-10 and the draws that are made from it, for host and device. sg_kernels/rng.py defines
+// the counters and what each word means.
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SG_HOST_DEVICE __host__ __device__
-#else
-#define SG_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace sg_kernels {
 
@@ -46,18 +42,18 @@ SG_HOST_DEVICE inline std::uint64_t call_seed(
 SG_HOST_DEVICE inline std::uint32_t stream_word(
     std::uint32_t i, std::uint32_t row, std::uint32_t draw, Stream stream, std::uint64_t seed) {
   const Words words = philox(i / 4, row, draw, stream, seed);
-  // Chosen, not indexed: a GPU has no indexed registers.
+  // Chosen, not indexed: a GPU cannot index registers.
   const std::uint32_t even = i & 2 ? words.word[2] : words.word[0];
   const std::uint32_t odd = i & 2 ? words.word[3] : words.word[1];
   return i & 1 ? odd : even;
 }
 
-// What orders the samples of a draw: the random word, then the sample itself.
+// Orders the samples of a draw: by the random word, then by the sample's number.
 SG_HOST_DEVICE inline std::uint64_t ticket(std::uint32_t word, std::int64_t sample) {
   return std::uint64_t{word} << 32 | static_cast<std::uint64_t>(sample);
 }
 
-// The probability `probability` as an integer threshold: a word below it is a success.
+// A probability as an integer threshold: a word below it is a success.
 SG_HOST_DEVICE inline std::int64_t threshold_of(double probability) {
   return static_cast<std::int64_t>(probability * 4294967296.0);
 }
@@ -65,7 +61,7 @@ SG_HOST_DEVICE inline std::int64_t threshold_of(double probability) {
 constexpr int kQuantileShift = 22;
 constexpr std::int64_t kQuantileBins = std::int64_t{1} << (32 - kQuantileShift);
 
-// The inverse CDF at `word`, from kQuantileBins + 1 nodes, linear between them.
+// The inverse CDF at `word`, interpolated linearly between kQuantileBins + 1 nodes.
 SG_HOST_DEVICE inline std::int64_t keep_threshold(
     std::uint32_t word, const std::int64_t* quantiles) {
   const std::uint32_t bin = word >> kQuantileShift;

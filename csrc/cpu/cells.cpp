@@ -1,9 +1,8 @@
-// The stages that work on single cells: 2 to 5, 7 and 8, and the pairing.
+#include "cells.h"
+
+#include <algorithm>
 #include <limits>
 #include <numeric>
-#include <vector>
-
-#include "cells.h"
 
 namespace sg_kernels::cpu {
 
@@ -101,16 +100,16 @@ void select(const float* grid, std::int64_t cells, const Selection& selection, b
 }
 
 void sample(
-    const bool* keep, std::int64_t own, std::int64_t draw, std::int64_t cells,
-    const Sampling& sampling, bool* mask) {
-  const Words shared = philox(0, 0, draw, kKeepProb, sampling.seed);
-  if (shared.word[1] >= threshold_of(sampling.draws.prob)) {
+    const bool* keep, std::int64_t own, std::int64_t draw, std::int64_t cells, const Draws& draws,
+    std::uint64_t seed, bool* mask) {
+  const Words shared = philox(0, 0, draw, kKeepProb, seed);
+  if (shared.word[1] >= threshold_of(draws.prob)) {
     std::fill(mask, mask + cells, true);
     return;
   }
-  const std::int64_t p = sampling.draws.p(shared.word[0]);
+  const std::int64_t p = draws.p(shared.word[0]);
   for (std::int64_t block = 0; block * 4 < cells; ++block) {
-    const Words words = philox(block, own, draw, kSampling, sampling.seed);
+    const Words words = philox(block, own, draw, kSampling, seed);
     for (std::int64_t c = block * 4; c < std::min(block * 4 + 4, cells); ++c)
       mask[c] = keep[c] && words.word[c % 4] < p;
   }
@@ -118,7 +117,7 @@ void sample(
 
 float label_ratio(
     const float* own, const float* other, const bool* mask, std::int64_t cells, Norm norm) {
-  // In double, the square of no float overflows.
+  // In double no square of a float overflows.
   double own_total = 0.0, own_kept = 0.0, other_total = 0.0, other_left = 0.0;
   std::int64_t area = 0;
   for (std::int64_t c = 0; c < cells; ++c) {

@@ -1,10 +1,10 @@
-// Stage 1 on the CPU: one pass over the features, in vectors as wide as the processor's.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+// Stage 1: one pass over the features, in the widest vectors that the processor has.
+#include "saliency.h"
 
+#include <algorithm>
 #include <cstring>
 
-#include "cells.h"
+#include "parallel.h"
 
 #define SG_INLINE [[gnu::always_inline]] inline
 
@@ -15,8 +15,10 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-constexpr std::int64_t kTile = 256;  // cells summed in one pass over the channels
-constexpr std::int64_t kBlock = 32;  // channels summed before they join the total: less rounding
+// Cells summed in one pass over the channels; their sums, 1 KiB, stay in the first-level cache.
+constexpr std::int64_t kTile = 256;
+// Channels summed before they join the total: two levels round less than one.
+constexpr std::int64_t kBlock = 32;
 
 template <class Element, int kLanes>
 struct Lanes {
@@ -55,14 +57,13 @@ struct Vector {
   }
   SG_INLINE static Vector magnitudes(const Half* x) {
     const U32 bits = __builtin_convertvector(load<U16>(x), U32) << 13 & (0x7FFFu << 13);
-    // The product moves the exponent's bias and makes subnormals normal; infinity and NaN it
-    // cannot.
+    // The product corrects the exponent's bias and normalizes subnormals, but not infinity or NaN.
     const F32 finite = reinterpret_cast<F32>(bits) * 0x1p112f;
     const F32 special = reinterpret_cast<F32>(bits | 0x7F800000u);
     return {bits >= (0x7C00u << 13) ? special : finite};
   }
 
-  // |x| of `count` <= kLanes elements, `stride` bytes apart, and zeros.
+  // |x| of `count` <= kLanes elements, `stride` bytes apart, then zeros.
   template <class T>
   SG_INLINE static Vector some_magnitudes(const char* x, std::int64_t count, std::int64_t stride) {
     T buffer[kLanes];
@@ -82,8 +83,8 @@ struct Vector {
   }
 };
 
-// Adds the sums over some channels of the vectors of a tile, at the given offsets, to `total`. Of a
-// constant number the sums stay in registers.
+// Adds the channels of a tile's vectors, which lie at the given offsets, to `total`. If `vectors` is a
+// constant, the sums stay in registers.
 template <int kLanes, class T>
 SG_INLINE void add_vectors(
     const T* x, std::int64_t channels, std::int64_t stride, const std::int64_t* offset,
@@ -96,8 +97,8 @@ SG_INLINE void add_vectors(
   for (std::int64_t v = 0; v < vectors; ++v) total[v] += part[v];
 }
 
-// Up to kTile cells, from `begin`, of a contiguous plane of at least kLanes, in the order of
-// memory. The plane's last vector overlaps the one before it rather than leave a tail.
+// Sums up to kTile cells, from `begin`, of a contiguous plane of at least kLanes cells, in the order
+// of memory. The plane's last vector overlaps the one before it, so there is no tail.
 template <int kLanes, class T>
 SG_INLINE void sum_tile(
     const T* x, std::int64_t channels, std::int64_t stride, std::int64_t cells, std::int64_t begin,
@@ -127,8 +128,7 @@ SG_INLINE void sum_tile(
   for (std::int64_t v = 0; v < vectors; ++v) total[v].store(out + offset[v]);
 }
 
-// A contiguous slab of planes of fewer than kLanes cells: kLanes channels at a time are one long
-// plane.
+// Sums contiguous planes of fewer than kLanes cells: it takes kLanes channels as one long plane.
 template <int kLanes, class T>
 SG_INLINE void sum_small(const T* x, std::int64_t channels, std::int64_t cells, float* out) {
   float folded[kLanes * kLanes];
@@ -144,10 +144,10 @@ SG_INLINE void sum_small(const T* x, std::int64_t channels, std::int64_t cells, 
   }
 }
 
-// One pixel whose channels are contiguous.
+// Sums one pixel whose channels are contiguous.
 template <int kLanes, class T>
 SG_INLINE float sum_channels(const T* x, std::int64_t channels) {
-  constexpr int kChains = 4;
+  constexpr int kChains = 4;  // independent sums, which hide the latency of an addition
   Vector<kLanes> total[kChains] = {};
   std::int64_t k = 0;
   for (; k + kChains * kLanes <= channels; k += kChains * kLanes)
@@ -181,7 +181,7 @@ Layout layout_of(const Batch& f, std::int64_t element, std::int64_t lanes) {
   return Layout::kStrided;
 }
 
-// What is summed at once: a tile of a sample, a sample, or a pixel.
+// An item is what one call sums: a tile of a plane, a sample, or a pixel.
 std::int64_t items_per_sample(Layout layout, std::int64_t cells) {
   switch (layout) {
     case Layout::kPlanes: return (cells + kTile - 1) / kTile;
@@ -270,17 +270,20 @@ void channel_saliency(const Batch& features, float* map) {
 
 }  // namespace
 
+void saliency_map(const Call& call, float* map, const Context& context) {
+  if (call.ready)
+    std::transform(
+        call.saliency, call.saliency + call.images.batch * call.map.cells(), map, checked_saliency);
+  else
+    sg_kernels::channel_saliency(call.features, call.features_type, map, context);
+}
+
 }  // namespace cpu
 
 void channel_saliency(const Batch& features, Float type, float* map, const Context&) {
-  using torch::headeronly::BFloat16;
-  using torch::headeronly::Half;
-  switch (type) {
-    case Float::kHalf: return cpu::channel_saliency<Half>(features, map);
-    case Float::kBFloat16: return cpu::channel_saliency<BFloat16>(features, map);
-    case Float::kFloat: return cpu::channel_saliency<float>(features, map);
-    case Float::kDouble: return cpu::channel_saliency<double>(features, map);
-  }
+  dispatch(type, [&](auto tag) {
+    cpu::channel_saliency<typename decltype(tag)::type>(features, map);
+  });
 }
 
 }  // namespace sg_kernels
