@@ -10,12 +10,8 @@ from ferry import ferried
 
 import sg_kernels
 from sg_kernels import backends, ops
-from sg_kernels.kernels import table
 
-if backends.INTERPRETED:  # a program takes milliseconds there
-    table.PROGRAMS_1 = table.PROGRAMS_2 = table.MIN_PROGRAMS = 8
-
-# csrc/cuda on the CPU, see tests/emulation; before the tests ask which backends there are.
+# csrc/cuda emulated on the CPU (tests/emulation), before the tests ask which backends there are.
 if emulation := os.environ.get("SG_KERNELS_EMULATION"):
     torch.ops.load_library(emulation)
     backends.DEVICES["cuda"] = ("cuda", "cpu")
@@ -23,7 +19,7 @@ if emulation := os.environ.get("SG_KERNELS_EMULATION"):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cases", type=int, help="run about so many cases of each test")
+    parser.addoption("--cases", type=int, help="run about this many cases of each test")
     parser.addoption("--shard", help="i/n: run every n-th test from the i-th on, counted from 0")
 
 
@@ -41,7 +37,7 @@ def pytest_collection_modifyitems(config, items):
     config.stash[LEFT_OUT] = len(items) - len(chosen)
     if shard := config.getoption("shard"):
         i, n = map(int, shard.split("/"))
-        # Whole tests, whose cases share compiled kernels.
+        # Tests stay whole, as their cases share compiled kernels.
         tests = list(dict.fromkeys(map(function_of, chosen)))[i::n]
         chosen = [item for item in chosen if function_of(item) in tests]
     kept = set(chosen)
@@ -59,7 +55,7 @@ def function_of(case):
 
 
 def few_of(cases, most):
-    """So many, evenly spread; more where every value of every parameter takes more."""
+    """At least ``most`` cases, evenly spread, in which every value of every parameter comes up."""
     values = [
         {(name, repr(value)) for name, value in case.callspec.params.items()}
         if hasattr(case, "callspec")
@@ -79,7 +75,7 @@ def few_of(cases, most):
 
 @pytest.fixture(params=sg_kernels.available_backends())
 def backend(request, monkeypatch):
-    """Each backend that runs here; one that takes tensors of a GPU alone is ferried there."""
+    """Each backend that runs here. CPU tensors are ferried to a backend that runs on a GPU only."""
     name = request.param
     if "cpu" not in backends.DEVICES[name]:
         if request.node.get_closest_marker("operators"):
@@ -105,7 +101,7 @@ def seeded():
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory holds NaN, or the largest integer, instead of what was there before."""
+    """Fills fresh memory with NaN, or with the largest integer."""
     mode = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True)
     yield
@@ -124,7 +120,7 @@ LAYOUTS = (
 
 
 def in_layout(tensor, layout):
-    """The same values under other strides; ``expanded`` repeats the first channel."""
+    """The same values with other strides; ``expanded`` repeats the first channel."""
     match layout:
         case "nchw":
             return tensor.contiguous()
@@ -152,7 +148,7 @@ def _into(view, tensor):
 
 
 def random_bits(shape, dtype, seed=0):
-    """Every bit pattern of the dtype may come up, NaN payloads among them."""
+    """Random bytes: any bit pattern of the dtype, NaN payloads included."""
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
@@ -167,9 +163,9 @@ def assert_same_bits(actual, expected):
 
 
 def assert_masks_agree(mask, expected, unsure):
-    """Masks are equal but in cells whose e lies within float rounding of the threshold.
+    """Masks are equal except in ``unsure`` cells, which lie within float rounding of the threshold.
 
-    ``unsure`` marks those, for each sample; see :func:`truth.select`.
+    See :func:`truth.select`.
     """
     mask, expected = np.asarray(mask), np.asarray(expected)
     assert mask.shape == expected.shape

@@ -182,9 +182,9 @@ def test_the_tap_keeps_no_graph(backend):
     net = Net()
     module = SaliencyGraft(net.body, num_classes=5, backend=backend)
     net(images)
-    assert not module._tapped.requires_grad
+    assert not module._tap.features.requires_grad
     module(images, ids)
-    assert module._tapped is None
+    assert module._tap.features is None
 
 
 def test_features_given_take_precedence_over_the_layer(backend):
@@ -671,7 +671,7 @@ def test_copies_in_either_order_tap_the_copied_layer_until_they_untap_or_go(dupl
     module = SaliencyGraft(net.body, num_classes=5)
     net(images)
     twins = duplicate([net, module][::order])[::order]
-    assert twins[1]._tapped is None
+    assert twins[1]._tap.features is None
     twins[0](images)
     twins[1](images, ids)
     twins[1].untap()

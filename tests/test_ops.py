@@ -8,7 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import sg_kernels
-from sg_kernels import SaliencyGraft, ops, reference, rng, saliency_graft
+from sg_kernels import SaliencyGraft, ops, rng, saliency_graft
+from sg_kernels.backends import reference
+from sg_kernels.call import NORM, NORMALIZE, Call, Outputs
 
 pytestmark = pytest.mark.operators
 
@@ -18,50 +20,47 @@ MASK = torch.rand(8, 4, 3) > 0.5
 INDEX = torch.tensor([1, 0, 3, 3, 2, 1, 0, 0])
 
 
-def whole(**changes):
-    """The arguments of the saliency_graft operator, by name."""
-    return {
+def call(**changes):
+    """A call of the saliency_graft operator, of the defaults but for ``changes``."""
+    arguments = {
         "images": IMAGES,
         "features": FEATURES,
-        "saliency": None,
-        "index": None,
-        "targets": None,
         "seed": torch.tensor([5]),
-        "step": None,
-        "rank": 0,
         "quantiles": rng.beta_quantiles(1.0),
-        "keep_prob": 0.0,
-        "grid_size": [4, 3],
+        "grid_size": (4, 3),
         "temperature": 0.2,
-        "normalize": "max",
         "threshold": 1 / 12,
-        "k": None,
-        "norm": "l1",
-        "prob": 1.0,
-        "augmentations": 1,
-        "no_fixed_points": False,
-        "num_classes": 0,
-        "label_smoothing": 0.0,
-        **changes,
+        "normalize": NORMALIZE.index("max"),
+        "norm": NORM.index("l1"),
     }
+    return Call(**arguments | changes)
 
 
-WHOLE = {
-    "plain": whole(),
-    "step": whole(step=torch.tensor([3]), rank=2),
-    "saliency": whole(features=None, saliency=torch.rand(4, 4, 3)),
-    "index and ids": whole(
+CALLS = {
+    "plain": call(),
+    "step": call(step=torch.tensor([3]), rank=2),
+    "saliency": call(features=None, saliency=torch.rand(4, 4, 3)),
+    "index and ids": call(
         index=INDEX, augmentations=2, targets=torch.tensor([0, 1, 2, 0]), num_classes=3
     ),
-    "dense": whole(targets=torch.rand(4, 7), num_classes=7, label_smoothing=0.1, norm="l2"),
-    "grid": whole(grid_size=[2, 5], quantiles=None, keep_prob=0.5, norm="area"),
-    "topk": whole(k=4, prob=0.5, augmentations=2, step=torch.tensor([0])),
-    "channels_last": whole(
+    "dense": call(
+        targets=torch.rand(4, 7), num_classes=7, label_smoothing=0.1, norm=NORM.index("l2")
+    ),
+    "grid": call(grid_size=(2, 5), quantiles=None, keep_prob=0.5, norm=NORM.index("area")),
+    "topk": call(k=4, prob=0.5, augmentations=2, step=torch.tensor([0])),
+    "channels_last": call(
         images=IMAGES.contiguous(memory_format=torch.channels_last),
         features=FEATURES.bfloat16().contiguous(memory_format=torch.channels_last),
+        normalize=NORMALIZE.index("mean"),
         no_fixed_points=True,
     ),
 }
+
+
+def run(backend, call):
+    return Outputs(*ops.overload("saliency_graft", backend)(*call))
+
+
 ARGUMENTS = [
     ("channel_saliency", (FEATURES,)),
     ("channel_saliency", (FEATURES.half().contiguous(memory_format=torch.channels_last),)),
@@ -69,17 +68,17 @@ ARGUMENTS = [
     ("graft", (IMAGES, MASK, INDEX)),
     ("graft", (IMAGES.to(torch.uint8).contiguous(memory_format=torch.channels_last), MASK, INDEX)),
     ("graft", (IMAGES.transpose(2, 3), MASK[:4, :1, :1], INDEX[:4])),
-    ("graft_out", (torch.empty(8, 3, 8, 6), IMAGES, MASK, INDEX)),
-    ("graft_out", (torch.empty(8, 8, 6, 3).permute(0, 3, 1, 2), IMAGES, MASK, INDEX)),
+    ("graft", (IMAGES, MASK, INDEX, torch.empty(8, 3, 8, 6))),
+    ("graft", (IMAGES, MASK, INDEX, torch.empty(8, 8, 6, 3).permute(0, 3, 1, 2))),
     ("graft_backward", (torch.randn(8, 3, 8, 6), MASK, INDEX, 2)),
     ("graft_backward", (torch.randn(8, 8, 6, 3).permute(0, 3, 1, 2), MASK, INDEX % 8, 1)),
     ("mix_targets", (torch.tensor([0, 1, 2, 0]), torch.rand(8), INDEX, 3, 0.1)),
     ("mix_targets", (torch.rand(4, 5), torch.rand(4), INDEX[:4], 5, 0.0)),
-    *[("saliency_graft", tuple(arguments.values())) for arguments in WHOLE.values()],
-    ("saliency_graft_out", (torch.empty(4, 3, 8, 6), *whole().values())),
+    *[("saliency_graft", given) for given in CALLS.values()],
+    ("saliency_graft", call(out=torch.empty(4, 3, 8, 6))),
     (
-        "saliency_graft_out",
-        (torch.empty(4, 8, 6, 3).permute(0, 3, 1, 2), *whole(step=torch.tensor([1])).values()),
+        "saliency_graft",
+        call(out=torch.empty(4, 8, 6, 3).permute(0, 3, 1, 2), step=torch.tensor([1])),
     ),
 ]
 
@@ -103,25 +102,35 @@ def test_opcheck_quantiles():
 
 
 def test_step_goes_up_by_one_and_nothing_else_changes(backend):
-    arguments = whole(step=torch.tensor([41]))
-    before = [value.clone() for value in arguments.values() if isinstance(value, torch.Tensor)]
-    ops.overload("saliency_graft", backend)(*arguments.values())
-    after = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
-    assert int(arguments["step"]) == 42
+    given = call(step=torch.tensor([41]))
+    before = [value.clone() for value in given if isinstance(value, torch.Tensor)]
+    run(backend, given)
+    after = [value for value in given if isinstance(value, torch.Tensor)]
+    assert int(given.step) == 42
     changed = [not torch.equal(a, b) for a, b in zip(after, before, strict=True)]
     assert sum(changed) == 1
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_the_out_operator_gives_the_same(backend, name):
-    arguments = WHOLE[name]
-    step = arguments["step"]
-    both = [{**arguments, "step": None if step is None else step.clone()} for _ in range(2)]
-    fresh = ops.overload("saliency_graft", backend)(*both[0].values())
-    out = torch.full_like(fresh[0], torch.nan)
-    rest = ops.overload("saliency_graft_out", backend)(out, *both[1].values())
-    assert_same_bits(out, fresh[0])
-    assert all(map(torch.equal, rest, fresh[1:]))
+@pytest.mark.parametrize("name", CALLS)
+def test_with_out_the_operator_writes_there_and_returns_no_images(backend, name):
+    given = CALLS[name]
+    both = [
+        given._replace(step=None if given.step is None else given.step.clone()) for _ in range(2)
+    ]
+    fresh = run(backend, both[0])
+    out = torch.full_like(fresh.images, torch.nan)
+    written = run(backend, both[1]._replace(out=out))
+    assert_same_bits(out, fresh.images)
+    assert written.images.shape == (0,)
+    assert written.images.dtype == out.dtype
+    assert all(map(torch.equal, written[1:], fresh[1:]))
+
+
+def test_with_out_graft_writes_there_and_returns_no_images(backend):
+    fresh = ops.overload("graft", backend)(IMAGES, MASK, INDEX)
+    out = torch.full_like(fresh, torch.nan)
+    assert ops.overload("graft", backend)(IMAGES, MASK, INDEX, out).shape == (0,)
+    assert_same_bits(out, fresh)
 
 
 BAD_INDEX = [-1, 4, 2**31, 2**40, -(2**63), 2**63 - 1]
@@ -138,13 +147,13 @@ def surrounded(*shape):
 @pytest.mark.parametrize("kind", ["ids", "dense"])
 def test_a_row_whose_index_is_out_of_range_is_nan_and_no_other_is(backend, bad, kind):
     targets = torch.tensor([0, 1, 2, 0]) if kind == "ids" else surrounded(4, 3)
-    arguments = whole(
+    given = call(
         images=surrounded(4, 3, 8, 6),
         index=torch.tensor([1, bad, 3, 0]),
         targets=targets,
         num_classes=3,
     )
-    images, lam, _, _, _, mixed = ops.overload("saliency_graft", backend)(*arguments.values())
+    images, lam, _, _, _, mixed = run(backend, given)
     assert (images == 1).all()
     assert lam.isnan().tolist() == [False, True, False, False]
     assert mixed.isnan().all(1).tolist() == [False, True, False, False]
@@ -162,10 +171,10 @@ def test_graft_of_an_index_out_of_range_takes_the_source(backend, bad):
 
 @pytest.mark.parametrize("bad", [-1, 3, 2**31, 2**40, -(2**63), 2**63 - 1])
 def test_a_class_id_out_of_range_makes_the_rows_that_meet_it_nan(backend, bad):
-    arguments = whole(
+    given = call(
         index=torch.tensor([1, 2, 3, 3]), targets=torch.tensor([0, bad, 2, 0]), num_classes=3
     )
-    _, lam, _, _, _, mixed = ops.overload("saliency_graft", backend)(*arguments.values())
+    _, lam, _, _, _, mixed = run(backend, given)
     assert lam.isnan().tolist() == [True, True, False, False]
     assert mixed.isnan().all(1).tolist() == [True, True, False, False]
 
@@ -184,8 +193,8 @@ def test_mix_targets_is_nan_where_an_index_or_a_class_id_is_out_of_range(backend
 def test_negative_saliency_that_nobody_checked_counts_as_nan(backend):
     saliency = torch.rand(4, 4, 3)
     saliency[1, 0, 0] = -1.0
-    arguments = whole(features=None, saliency=saliency, index=INDEX[:4])
-    _, lam, _, mask, returned, _ = ops.overload("saliency_graft", backend)(*arguments.values())
+    given = call(features=None, saliency=saliency, index=INDEX[:4])
+    _, lam, _, mask, returned, _ = run(backend, given)
     assert returned.isnan().nonzero().tolist() == [[1, 0, 0]]
     assert not mask[1].any()
     assert not lam.isnan().any()

@@ -42,10 +42,10 @@ def nearest(size: int, source_size: int, device: torch.device) -> Tensor:
     return torch.arange(size, device=device) * source_size // size
 
 
-def normalize_scale(saliency: Tensor, normalize: int) -> Tensor:
+def normalize_scale(saliency: Tensor, normalize: str) -> Tensor:
     """Stage 3: the divisor of the map before the softmax, (B, 1)."""
     flat = saliency.flatten(1)
-    match NORMALIZE[normalize]:
+    match normalize:
         case "max":
             return flat.amax(1, keepdim=True)
         case "mean":
@@ -56,7 +56,7 @@ def normalize_scale(saliency: Tensor, normalize: int) -> Tensor:
 
 
 def select(
-    saliency: Tensor, normalize: int, temperature: float, threshold: float, k: int | None
+    saliency: Tensor, normalize: str, temperature: float, threshold: float, k: int | None
 ) -> Tensor:
     """Stage 4: the salient cells, softmax(S / T) > threshold or the k largest: bool (B, gh, gw)."""
     flat = saliency.flatten(1)
@@ -134,7 +134,7 @@ def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int
     return total.to(grad.dtype)
 
 
-def label_ratio(saliency: Tensor, mask: Tensor, index: Tensor, norm: int) -> Tensor:
+def label_ratio(saliency: Tensor, mask: Tensor, index: Tensor, norm: str) -> Tensor:
     """Stage 7: the weight lam of the row's own label, float32 (rows,).
 
     I(S_i, M) / (I(S_i, M) + I(S_j, 1 - M)) with I(S, M) = ||S M|| / ||S||. The share of True cells
@@ -145,16 +145,15 @@ def label_ratio(saliency: Tensor, mask: Tensor, index: Tensor, norm: int) -> Ten
     mask = mask.flatten(1)
     valid = in_range(index, batch)
     lam = mask.float().mean(1)
-    kind = NORM[norm]
-    if kind != "area":
+    if norm != "area":
         flat = saliency.flatten(1)
         weight = flat / flat.amax(1, keepdim=True)  # leaves I as it is; squares cannot overflow
-        if kind != "l1":
+        if norm != "l1":
             weight = weight.square()
         share = weight / weight.sum(1, keepdim=True)
         kept = (share.repeat(mask.shape[0] // max(batch, 1), 1) * mask).sum(1)
         left = (share[torch.where(valid, index, 0)] * ~mask).sum(1)
-        if kind == "l2":
+        if norm == "l2":
             kept, left = kept.sqrt(), left.sqrt()
         ratio = kept / (kept + left)
         lam = torch.where(ratio.isfinite(), ratio, lam)
@@ -216,10 +215,11 @@ def saliency_graft(call: Call) -> Outputs:
     else:
         saliency = torch.where(saliency >= 0, saliency, torch.nan).float()
     grid = resample(saliency, call.grid_size)
-    keep = select(grid, call.normalize, call.temperature, call.threshold, call.k)
+    normalize, norm = NORMALIZE[call.normalize], NORM[call.norm]
+    keep = select(grid, normalize, call.temperature, call.threshold, call.k)
     mask = sample(keep, seed, call.quantiles, call.keep_prob, call.prob, call.augmentations)
     grafted = graft(images, mask, index, call.out)
-    lam = label_ratio(grid, mask, index, call.norm)
+    lam = label_ratio(grid, mask, index, norm)
     if targets is None:
         mixed = lam.new_empty(lam.shape[0], 0)
     else:
