@@ -123,17 +123,8 @@ class Scope {
 Batch batch_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const auto size = static_cast<std::int64_t>(tensor.element_size());
-  return {
-      data_of<char>(tensor),
-      sizes[0],
-      sizes[1],
-      sizes[2],
-      sizes[3],
-      strides[0] * size,
-      strides[1] * size,
-      strides[2] * size,
-      strides[3] * size,
-      size};
+  return {data_of<char>(tensor), sizes[0],          sizes[1],          sizes[2],          sizes[3],
+          strides[0] * size,     strides[1] * size, strides[2] * size, strides[3] * size, size};
 }
 
 // The type of a tensor's numbers; a complex element holds two.
@@ -203,8 +194,7 @@ struct Destination {
   Tensor written, returned;
 };
 
-Destination destination(
-    const std::optional<Tensor>& out, const Tensor& images, std::int64_t rows) {
+Destination destination(const std::optional<Tensor>& out, const Tensor& images, std::int64_t rows) {
   if (!out) {
     const Tensor fresh = empty_rows(images, rows);
     return {fresh, fresh};
@@ -346,8 +336,8 @@ Results run(
   const Tensor targets = empty(images, {rows, call.targets.classes}, aoti_torch_dtype_float32());
   sg_kernels::saliency_graft(
       call,
-      {batch_of(to.written), data_of<float>(lam), data_of<std::int64_t>(index),
-       data_of<bool>(mask), data_of<float>(saliency), data_of<float>(targets)},
+      {batch_of(to.written), data_of<float>(lam), data_of<std::int64_t>(index), data_of<bool>(mask),
+       data_of<float>(saliency), data_of<float>(targets)},
       context);
   return {to.returned, lam, index, mask, saliency, targets};
 }

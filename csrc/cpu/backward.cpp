@@ -131,9 +131,12 @@ void graft_backward(
     const Batch& grad, Float type, const bool* mask, Grid grid, const std::int64_t* index,
     const Batch& out, const Context&) {
   if (out.pixels() == 0) return;  // then the mask may have no cells
-  const cpu::Backward backward{
-      grad, mask, grid, out, cpu::contributions(index, out.batch, grad.batch),
-      cpu::lines_of(grad, out)};
+  const cpu::Backward backward{grad,
+                               mask,
+                               grid,
+                               out,
+                               cpu::contributions(index, out.batch, grad.batch),
+                               cpu::lines_of(grad, out)};
   const std::int64_t bytes = out.pixels() / out.batch * out.element;
   dispatch(type, [&](auto tag) {
     using T = typename decltype(tag)::type;

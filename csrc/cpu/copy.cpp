@@ -13,8 +13,8 @@ namespace {
 
 constexpr std::int64_t kStep = 16;  // bytes of an SSE register
 
-// Whether to write an output past the caches. That saves reading what is overwritten, but only if no
-// ordinary store touches the same cache line, so every run must begin and end on a multiple of
+// Whether to write an output past the caches. That saves reading what is overwritten, but only if
+// no ordinary store touches the same cache line, so every run must begin and end on a multiple of
 // kStep.
 bool is_streamed(
     [[maybe_unused]] const Lines& lines, [[maybe_unused]] const Batch& out,
@@ -67,8 +67,8 @@ inline void copy_bytes(
     copy_steps<1>(to, from, bytes);
 }
 
-// Fetches a whole line of the destination, not only its runs: it is the next row's source, and memory
-// reads whole lines faster than pieces.
+// Fetches a whole line of the destination, not only its runs: it is the next row's source, and
+// memory reads whole lines faster than pieces.
 void prefetch(const char* from, std::int64_t bytes) {
 #ifdef __GNUC__
   constexpr std::int64_t kCacheLine = 64;
@@ -193,8 +193,8 @@ void Grafter::graft_band(
   constexpr std::int64_t kBlended = 48;
   blended_ = lines_.dense && !stream_ && line_ < kBlended * static_cast<std::int64_t>(runs_.size());
   if (blended_) spread_runs(runs_, lines_.pixel, taken_);
-  const bool one_block = runs_.size() == 1 && lines_.dense && out_.row_stride == line_ &&
-                         images_.row_stride == line_;
+  const bool one_block =
+      runs_.size() == 1 && lines_.dense && out_.row_stride == line_ && images_.row_stride == line_;
   for (std::int64_t c = 0; c < lines_.channels; ++c) {
     if (one_block)
       copy_bytes(

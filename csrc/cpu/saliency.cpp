@@ -83,8 +83,8 @@ struct Vector {
   }
 };
 
-// Adds the channels of a tile's vectors, which lie at the given offsets, to `total`. If `vectors` is a
-// constant, the sums stay in registers.
+// Adds the channels of a tile's vectors, which lie at the given offsets, to `total`. If `vectors`
+// is a constant, the sums stay in registers.
 template <int kLanes, class T>
 SG_INLINE void add_vectors(
     const T* x, std::int64_t channels, std::int64_t stride, const std::int64_t* offset,
@@ -97,8 +97,8 @@ SG_INLINE void add_vectors(
   for (std::int64_t v = 0; v < vectors; ++v) total[v] += part[v];
 }
 
-// Sums up to kTile cells, from `begin`, of a contiguous plane of at least kLanes cells, in the order
-// of memory. The plane's last vector overlaps the one before it, so there is no tail.
+// Sums up to kTile cells, from `begin`, of a contiguous plane of at least kLanes cells, in the
+// order of memory. The plane's last vector overlaps the one before it, so there is no tail.
 template <int kLanes, class T>
 SG_INLINE void sum_tile(
     const T* x, std::int64_t channels, std::int64_t stride, std::int64_t cells, std::int64_t begin,
@@ -281,9 +281,8 @@ void saliency_map(const Call& call, float* map, const Context& context) {
 }  // namespace cpu
 
 void channel_saliency(const Batch& features, Float type, float* map, const Context&) {
-  dispatch(type, [&](auto tag) {
-    cpu::channel_saliency<typename decltype(tag)::type>(features, map);
-  });
+  dispatch(
+      type, [&](auto tag) { cpu::channel_saliency<typename decltype(tag)::type>(features, map); });
 }
 
 }  // namespace sg_kernels

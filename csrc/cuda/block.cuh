@@ -1,39 +1,24 @@
-// What the kernels share: how they are launched, chunks of memory, and a block's reductions.
+// What all kernels share: launching, chunks of memory, and the reductions of a block.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <limits>
 
-#include "../kernels.h"
+#include "plan.h"
 
 namespace sg_kernels::cuda {
 
-constexpr int kThreads = 256;         // of every block
-constexpr int kBlocksPerSm = 4;       // that registers leave room for,
-constexpr int kLargeBlocksPerSm = 3;  // of the gradient, and of the kernel that does all
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kChunk = 16;  // bytes of the widest access
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-// Kernels count pixels, cells and bytes of a line in 32 bits, with room for a block that reaches
-// past the end.
-inline void check_extents(const char* name, std::initializer_list<std::int64_t> extents) {
-  constexpr std::int64_t kMaxExtent = std::int64_t{1} << 30;
-  STD_TORCH_CHECK(std::max(extents) <= kMaxExtent, name, ": too long a side for the backend cuda");
-}
-
-// Multiprocessors of the current device.
+// Multiprocessors of the current device. Each operator asks once, and plans with the answer.
 inline int multiprocessors() {
   int device = 0, count = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -43,15 +28,15 @@ inline int multiprocessors() {
   return count;
 }
 
-// Runs a kernel on the stream of the call; `together`: all blocks at once, so that they can wait
-// for each other.
+// Launches a kernel on the stream of the call; with `together` all blocks run at once, so that they
+// can wait for each other.
 template <class... Parameters>
 void launch(
     void (*kernel)(Parameters...), std::int64_t blocks, bool together, const Context& context,
     Parameters... arguments) {
   STD_TORCH_CHECK(
-      blocks <= std::numeric_limits<std::int32_t>::max(), "too much for one launch: ", blocks,
-      " blocks");
+      blocks <= std::numeric_limits<std::int32_t>::max(), "one launch takes 2**31 - 1 blocks; got ",
+      blocks);
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
@@ -64,9 +49,13 @@ void launch(
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+// Memory for `count` elements until the call returns.
+template <class T>
+T* scratch(const Context& context, std::int64_t count) {
+  return static_cast<T*>(context.scratch(count * static_cast<std::int64_t>(sizeof(T))));
+}
 
-// An integer of so many bytes, which is read and written in one access.
+// The type of kBytes bytes that is read and written in one access.
 template <int kBytes>
 struct Access;
 template <>
@@ -90,7 +79,7 @@ struct Access<16> {
   using type = uint4;
 };
 
-// Neighbouring numbers that are read at once.
+// Neighbouring numbers that are read in one access.
 template <class T, int kLanes>
 struct Chunk {
   static constexpr int kBytes = kLanes * static_cast<int>(sizeof(T));
@@ -115,8 +104,8 @@ struct Chunk {
   }
 };
 
-// The same in every thread of a group of `width` neighbouring lanes, a power of two; every thread
-// of the warp must call.
+// Combines the values of `width` neighbouring lanes, a power of two; each of them gets the result.
+// Every thread of the warp must call.
 template <class T, class Combine>
 __device__ T reduce_lanes(T value, int width, const Combine& combine) {
   for (int offset = width / 2; offset > 0; offset /= 2)
@@ -124,8 +113,8 @@ __device__ T reduce_lanes(T value, int width, const Combine& combine) {
   return value;
 }
 
-// Each value the same in every thread of the block, all of which must call; in an order that never
-// changes.
+// Combines each value over the block in a fixed order; every thread gets the result, and every
+// thread must call.
 template <int kCount, class T, class Combine>
 __device__ void reduce_block(T (&values)[kCount], const Combine& combine) {
   __shared__ T of_warp[kWarps][kCount];

@@ -1,12 +1,12 @@
-// The stages that a block works out for a row on its cells, 2 to 5, 7 and 8; named as in
-// sg_kernels/reference.py.
+// The stages that a block works out on the cells of a row: 2 to 5, 7 and 8; the functions are named
+// as in sg_kernels/backends/reference.py.
 #pragma once
 
 #include "block.cuh"
 
 namespace sg_kernels::cuda {
 
-// The maps of a batch in `splits` partial sums, (splits, batch, map), and the grid they are
+// The maps of a batch as `splits` partial sums, (splits, batch, map), and the grid that they are
 // resampled to.
 struct Maps {
   const float* partials;
@@ -22,8 +22,8 @@ struct Maps {
   }
 };
 
-// Stage 2: the value of a cell, where the lanes of its group all call; taken(value) of each of the
-// map's.
+// Stage 2: the value of a cell, the average of taken(value) over its window. All lanes of a group
+// must call.
 template <class Taken>
 __device__ float resample(
     const Maps& maps, std::int64_t sample, int cell, int lane, const Taken& taken) {
@@ -48,8 +48,8 @@ __device__ float resample(
   return reduce_lanes(sum, maps.lanes, [](float a, float b) { return a + b; }) / count;
 }
 
-// Calls body(cell, lane) for part `part` of `parts` of the cells, and with cells past the last, so
-// that a group's lanes stay together.
+// Calls body(cell, lane) for part `part` of `parts` of the cells, and for some cells past the last,
+// so that the lanes of a group stay together.
 template <class Body>
 __device__ void for_each_cell(const Maps& maps, int part, int parts, const Body& body) {
   const int groups = kThreads / maps.lanes;
@@ -58,7 +58,8 @@ __device__ void for_each_cell(const Maps& maps, int part, int parts, const Body&
     body(first + group, lane);
 }
 
-// A sample's map on the grid: where it is, or else in `storage`, which the whole block sees.
+// A sample's map on the grid: the map itself, or resampled into `storage`, which the whole block
+// shares.
 __device__ inline const float* on_grid(const Maps& maps, std::int64_t sample, float* storage) {
   if (maps.on_grid()) return maps.partials + sample * maps.map.cells();
   for_each_cell(maps, 0, 1, [&](int cell, int lane) {
@@ -89,13 +90,13 @@ __device__ inline void select_by_threshold(
     keep[c] = softmax_numerator(grid[c], peak, scale, selection.temperature) > bar;
 }
 
-// The k largest, of equals the first: each cell's value and number make one integer, whose k-th
-// largest is found bit by bit.
+// Keeps the k largest, of equal ones the first. Each cell's value and number form one integer; a
+// search bit by bit finds the k-th largest of these.
 __device__ inline void select_by_rank(const float* grid, int cells, std::int64_t k, bool* keep) {
   int shift = 0;
   while (1 << shift < cells) ++shift;
   const auto key = [&](int c) {
-    // The bits of floats that are not negative are ordered as they are; -0 becomes 0.
+    // The bits of floats >= 0 are ordered as the floats are; -0 becomes 0.
     const std::uint64_t value = __float_as_uint(grid[c] + 0.0f);
     return value << shift | static_cast<std::uint64_t>((1 << shift) - 1 - c);
   };
@@ -112,8 +113,8 @@ __device__ inline void select_by_rank(const float* grid, int cells, std::int64_t
 // Stages 3 and 4.
 __device__ inline void select(
     const float* grid, int cells, const Selection& selection, bool* keep) {
-  // NaN loses to a number, so what is not finite shows as an infinite peak; `low` is negated, so
-  // that both are maxima.
+  // fmaxf ignores NaN, so a value that is not finite counts as an infinite peak. The minimum is
+  // negated, so that both are maxima.
   float extremes[2] = {-INFINITY, -INFINITY};
   for (int c = threadIdx.x; c < cells; c += kThreads) {
     const bool finite = grid[c] - grid[c] == 0.0f;
@@ -131,7 +132,7 @@ __device__ inline void select(
     select_by_rank(grid, cells, selection.k, keep);
 }
 
-// Stage 5, in place. A thread samples the cells that it has selected.
+// Stage 5, in place. A thread samples the cells that it selected, so no barrier is needed before.
 __device__ inline void sample(
     bool* mask, std::int64_t own, std::int64_t draw, int cells, const Draws& draws,
     std::uint64_t seed) {
@@ -150,8 +151,8 @@ __device__ inline void sample(
 // Stage 7.
 __device__ inline float label_ratio(
     const float* own, const float* other, const bool* mask, int cells, Norm norm) {
-  // In double, the square of no float overflows. Total and kept of own, total and left of other,
-  // and the area.
+  // In double no square of a float overflows. The total and kept weight of own, the total and left
+  // weight of other, and the area.
   double sums[5] = {};
   for (int c = threadIdx.x; c < cells; c += kThreads) {
     const double own_weight = weight<double>(own[c], norm);
@@ -168,7 +169,7 @@ __device__ inline float label_ratio(
       static_cast<float>(sums[4]) / static_cast<float>(cells), norm);
 }
 
-// Stage 8. False where a class id is out of range, and the mixed row NaN.
+// Stage 8. With a class id out of range it returns false, and the mixed row is NaN.
 __device__ inline bool mix_targets(
     const Targets& targets, float lam, std::int64_t own, std::int64_t other, float* mixed) {
   const std::int64_t classes = targets.classes;

@@ -1,66 +1,64 @@
-// The whole method: launch 1 the saliency and the pairing, launch 2 all the rest; or both in one,
-// where all their blocks run at once.
+// Launch 2: everything of a row, from the saliency to its image, lam and target. Both launches are
+// one if all their blocks run at once. And stage 8 alone.
 #include <cooperative_groups.h>
 
+#include <algorithm>
+
 #include "cells.cuh"
-#include "graft.cuh"
+#include "copy.cuh"
 #include "saliency.cuh"
 
 namespace sg_kernels {
 namespace cuda {
 namespace {
 
-// Up to so many cells each block of launch 2 works out its row's mask on the way; finer grids, and
-// those for which a thread adds more values than kMaxTerms, are worked out once a row in a launch
-// before the graft.
-constexpr std::int64_t kMaxCells = 1024;
-constexpr std::int64_t kMaxTerms = 64;
-
-struct GraftWork {
-  Inputs inputs;
+// The arguments of launch 2.
+struct RowsWork {
+  Call call;
   Outputs outputs;
   Maps maps;
   Tile tile;
-  bool at_once;        // with the mask; or the tiles are a launch of their own
+  bool at_once;        // the blocks copy, too; otherwise a third launch does
   std::int32_t parts;  // blocks that share a row's tiles
   const std::uint64_t* call_seed;
-  float* grids;  // (rows, 2, cells), the row's own and the other's, where no block can hold them
+  float* grids;  // (rows, 2, cells), of own and other, for maps that no block can hold
 
   SG_HOST_DEVICE std::int64_t tasks() const { return outputs.images.batch * parts; }
 };
 
-// What is a row's, not a part's: its mask, lam, target, and of a split map the whole.
+// Writes the outputs that belong to the row, not to a part: mask, lam, target and, if the map was
+// split, its sum.
 __device__ void finish_row(
-    const GraftWork& work, std::int64_t row, std::int64_t own, std::int64_t other, bool valid,
+    const RowsWork& work, std::int64_t row, std::int64_t own, std::int64_t other, bool valid,
     const float* own_grid, const float* other_grid, const bool* mask) {
-  const Inputs& inputs = work.inputs;
+  const Call& call = work.call;
   const Outputs& outputs = work.outputs;
-  const int cells = static_cast<int>(inputs.grid.cells());
+  const int cells = static_cast<int>(call.grid.cells());
   for (int c = threadIdx.x; c < cells; c += kThreads) outputs.mask[row * cells + c] = mask[c];
-  float lam = label_ratio(own_grid, other_grid, mask, cells, inputs.norm);
+  float lam = label_ratio(own_grid, other_grid, mask, cells, call.norm);
   if (!valid) lam = NAN;
-  const std::int64_t classes = inputs.targets.classes;
-  const bool known = mix_targets(inputs.targets, lam, own, other, outputs.targets + row * classes);
+  const std::int64_t classes = call.targets.classes;
+  const bool known = mix_targets(call.targets, lam, own, other, outputs.targets + row * classes);
   if (threadIdx.x == 0) outputs.lam[row] = known ? lam : NAN;
-  if (work.maps.splits == 1 || row >= inputs.images.batch) return;
-  const std::int64_t places = inputs.map.cells();
+  if (work.maps.splits == 1 || row >= call.images.batch) return;
+  const std::int64_t places = call.map.cells();
   for (std::int64_t i = own * places + threadIdx.x; i < (own + 1) * places; i += kThreads) {
     float sum = work.maps.partials[i];
     for (int split = 1; split < work.maps.splits; ++split)
-      sum += work.maps.partials[split * inputs.images.batch * places + i];
+      sum += work.maps.partials[split * call.images.batch * places + i];
     outputs.saliency[i] = sum;
   }
 }
 
-// One task of launch 2: a row's mask, and the tiles of a part of it.
-__device__ void graft_task(const GraftWork& work, int task) {
+// One task of launch 2: works out a row's mask and copies a part of its tiles.
+__device__ void rows_task(const RowsWork& work, int task) {
   __shared__ float held[2 * kMaxCells];
   __shared__ bool mask[kMaxCells];
-  const Inputs& inputs = work.inputs;
-  const int cells = static_cast<int>(inputs.grid.cells());
-  if (task == 0 && threadIdx.x == 0 && inputs.seed.step != nullptr) ++*inputs.seed.step;
+  const Call& call = work.call;
+  const int cells = static_cast<int>(call.grid.cells());
+  if (task == 0 && threadIdx.x == 0 && call.seed.step != nullptr) ++*call.seed.step;
   if (task >= work.tasks()) return;
-  const int batch = static_cast<int>(inputs.images.batch);
+  const int batch = static_cast<int>(call.images.batch);
   const int row = task / work.parts, part = task % work.parts;
   const int own = row % batch, draw = row / batch;
   const std::int64_t index = work.outputs.index[row];
@@ -70,115 +68,137 @@ __device__ void graft_task(const GraftWork& work, int task) {
   bool* kept = work.at_once ? mask : work.outputs.mask + std::int64_t{row} * cells;
 
   const float* own_grid = on_grid(work.maps, own, grids);
-  select(own_grid, cells, inputs.selection, kept);
-  sample(kept, own, draw, cells, inputs.draws, *work.call_seed);
+  select(own_grid, cells, call.selection, kept);
+  sample(kept, own, draw, cells, call.draws, *work.call_seed);
   if (part == 0) {
     const float* other_grid = on_grid(work.maps, other, grids + cells);
     finish_row(work, row, own, other, valid, own_grid, other_grid, kept);
   }
-  // Last, when what the stages before it hold in registers is done with.
+  // Last, when the registers of the stages before are free.
   if (work.at_once)
     copy_tiles(
-        work.tile, part, work.parts, inputs.images, work.outputs.images,
-        {inputs.images, work.outputs.images, row, own, other, kept});
+        work.tile, part, work.parts, call.images, work.outputs.images,
+        {call.images, work.outputs.images, row, own, other, kept});
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) graft_rows_kernel(GraftWork work) {
-  graft_task(work, static_cast<int>(blockIdx.x));
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) graft_rows_kernel(RowsWork work) {
+  rows_task(work, static_cast<int>(blockIdx.x));
 }
 
-// Both stages: the blocks wait for each other in between.
+// Both launches in one: the blocks wait for each other in between.
 __global__ void __launch_bounds__(kThreads, kLargeBlocksPerSm)
-    saliency_graft_kernel(SaliencyWork saliency, GraftWork graft) {
+    saliency_graft_kernel(SaliencyWork saliency, RowsWork rows) {
   if (blockIdx.x < saliency.tasks()) saliency_task(saliency, blockIdx.x);
   cooperative_groups::this_grid().sync();
-  graft_task(graft, static_cast<int>(blockIdx.x));
+  rows_task(rows, static_cast<int>(blockIdx.x));
 }
 
-// Whether so many blocks of a kernel run at once on the current device.
+// The arguments of stage 8 alone.
+struct MixTargets {
+  Targets targets;
+  std::int64_t batch;
+  const float* lam;
+  const std::int64_t* index;
+  float* mixed;
+};
+
+// A block for each row.
+__global__ void __launch_bounds__(kThreads) mix_targets_kernel(MixTargets work) {
+  const std::int64_t row = blockIdx.x, own = row % work.batch, other = work.index[row];
+  const float lam = in_range(other, work.batch) ? work.lam[row] : NAN;
+  mix_targets(
+      work.targets, lam, own, destination(other, own, work.batch),
+      work.mixed + row * work.targets.classes);
+}
+
+// Whether so many blocks of a kernel run at once.
 template <class Kernel>
-bool fits(Kernel kernel, std::int64_t blocks) {
-  const int all = multiprocessors();
-  if (blocks > std::int64_t{kLargeBlocksPerSm} * all) return false;
+bool fits(Kernel kernel, std::int64_t blocks, int multiprocessors) {
+  if (blocks > std::int64_t{kLargeBlocksPerSm} * multiprocessors) return false;
   int per_sm = 0;
   check(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, 0),
       "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return blocks <= std::int64_t{per_sm} * all;
+  return blocks <= std::int64_t{per_sm} * multiprocessors;
+}
+
+Maps maps_of(
+    const float* partials, std::int64_t batch, Grid map, Grid grid, std::int32_t splits,
+    std::int32_t lanes) {
+  const auto divisor = [](std::int64_t size) { return Divisor(static_cast<std::int32_t>(size)); };
+  return {partials, batch, map, divisor(grid.height), divisor(grid.width), splits, lanes};
+}
+
+// The arguments of launch 1, and its memory.
+SaliencyWork saliency_work(
+    const Call& call, const Outputs& outputs, const Plan& plan, const Context& context) {
+  const std::int64_t batch = call.images.batch;
+  SaliencyWork work{};
+  work.features = call.features;
+  work.features.batch = batch;
+  work.type = call.features_type;
+  work.plan = plan.saliency;
+  work.partials = outputs.saliency;
+  if (plan.saliency.splits > 1)
+    work.partials = scratch<float>(context, plan.saliency.splits * batch * call.map.cells());
+  if (call.ready) work.given = maps_of(call.saliency, batch, call.map, call.grid, 1, plan.lanes);
+  if (plan.resampled) work.grid = scratch<float>(context, batch * call.grid.cells());
+  work.pairing = {call.seed,  call.augmentations, call.draws.no_fixed_points,
+                  call.index, outputs.index,      scratch<std::uint64_t>(context, 1)};
+  work.pairing_tasks = work.pairing.tasks(batch);
+  return work;
+}
+
+// The arguments of launch 2, and its memory.
+RowsWork rows_work(
+    const Call& call, const Outputs& outputs, const Plan& plan, const SaliencyWork& saliency,
+    const Context& context) {
+  const std::int64_t batch = call.images.batch;
+  RowsWork work{};
+  work.call = call;
+  work.outputs = outputs;
+  work.maps = plan.resampled ? maps_of(saliency.grid, batch, call.grid, call.grid, 1, 1)
+                             : maps_of(
+                                   saliency.partials, batch, call.map, call.grid,
+                                   plan.saliency.splits, plan.lanes);
+  work.tile = plan.tile;
+  work.at_once = plan.at_once;
+  work.parts = plan.parts;
+  work.call_seed = saliency.pairing.call_seed;
+  if (!plan.at_once && !work.maps.on_grid())
+    work.grids = scratch<float>(context, 2 * call.rows() * call.grid.cells());
+  return work;
 }
 
 }  // namespace
 }  // namespace cuda
 
-void saliency_graft(const Inputs& inputs, const Outputs& outputs, const Context& context) {
+void saliency_graft(const Call& call, const Outputs& outputs, const Context& context) {
   using namespace cuda;
-  const std::int64_t batch = inputs.images.batch, rows = outputs.images.batch;
-  const Grid map = inputs.map, grid = inputs.grid;
-  const auto lanes_of = [](Grid from, Grid to) {
-    const auto longest = [](std::int64_t size, std::int64_t cells) {
-      return cells >= size ? 1 : ceil_div(size, cells) + (size % cells != 0);
-    };
-    return std::min(
-        kWarp, next_power_of_2(longest(from.height, to.height) * longest(from.width, to.width)));
-  };
-
-  check_extents(
-      "grid_size",
-      {map.cells(), grid.cells(), (map.height + 1) * grid.height, (map.width + 1) * grid.width});
-  const Divisor grid_height(static_cast<std::int32_t>(grid.height));
-  const Divisor grid_width(static_cast<std::int32_t>(grid.width));
-
-  const Tile tile = plan_tile(inputs.images, outputs.images, grid, false);
-  SaliencyWork saliency{};
-  saliency.features = inputs.features;
-  saliency.features.batch = batch;
-  saliency.type = inputs.features_type;
-  saliency.partials = outputs.saliency;
-  Maps maps{outputs.saliency, batch, map, grid_height, grid_width, 1, lanes_of(map, grid)};
-  if (inputs.ready) {
-    saliency.plan = plan_given(map, grid, maps.lanes);
-    saliency.given = maps;
-    saliency.given.partials = inputs.ready_map;
-    if (map.height != grid.height || map.width != grid.width) {
-      saliency.grid = static_cast<float*>(context.scratch(batch * grid.cells() * 4));
-      maps = {saliency.grid, batch, grid, grid_height, grid_width, 1, 1};
-    }
-  } else {
-    // Where the graft is too large for one launch, the first has the device for itself.
-    const bool large = rows * tile.tiles > std::int64_t{kLargeBlocksPerSm} * multiprocessors();
-    saliency.plan = plan_saliency(inputs.features, large ? kBlocksPerSm : kLargeBlocksPerSm);
-    maps.splits = saliency.plan.splits;
-    if (maps.splits > 1)
-      maps.partials = saliency.partials =
-          static_cast<float*>(context.scratch(maps.splits * batch * map.cells() * 4));
-  }
-  auto* call_seed = static_cast<std::uint64_t*>(context.scratch(sizeof(std::uint64_t)));
-  saliency.pairing = {inputs.seed,        rows,          inputs.draws.no_fixed_points,
-                      inputs.given_index, outputs.index, call_seed};
-  saliency.pairing_tasks = saliency.pairing.tasks(batch);
-
-  const std::int64_t terms = maps.splits *
-                             ceil_div(ceil_div(maps.map.cells(), grid.cells()), maps.lanes) *
-                             ceil_div(grid.cells() * maps.lanes, kThreads);
-  const bool at_once = grid.cells() <= kMaxCells && terms <= kMaxTerms;
-  GraftWork graft{inputs, outputs, maps, tile, at_once, 1, call_seed, nullptr};
-  if (!at_once && !maps.on_grid())
-    graft.grids = static_cast<float*>(context.scratch(2 * rows * grid.cells() * 4));
-  if (at_once && rows > 0)
-    graft.parts = static_cast<std::int32_t>(std::clamp<std::int64_t>(
-        2 * kBlocksPerSm * multiprocessors() / rows, 1, std::max(1, tile.tiles)));
-
-  // One at least, so that the step advances for an empty batch too.
-  const std::int64_t blocks = std::max<std::int64_t>(1, graft.tasks());
+  const int sms = multiprocessors();
+  const Plan plan = plan_call(call, outputs.images, sms);
+  const SaliencyWork saliency = saliency_work(call, outputs, plan, context);
+  const RowsWork rows = rows_work(call, outputs, plan, saliency, context);
+  // One block at least, so that the step advances for an empty batch, too.
+  const std::int64_t blocks = std::max<std::int64_t>(1, rows.tasks());
   const std::int64_t all = std::max(blocks, saliency.tasks());
-  if (at_once && fits(saliency_graft_kernel, all)) {
-    launch(saliency_graft_kernel, all, true, context, saliency, graft);
+  if (plan.at_once && fits(saliency_graft_kernel, all, sms)) {
+    launch(saliency_graft_kernel, all, true, context, saliency, rows);
     return;
   }
   if (saliency.tasks() > 0) launch_saliency(saliency, context);
-  launch(graft_rows_kernel, blocks, false, context, graft);
-  if (!at_once)
-    sg_kernels::graft(inputs.images, outputs.mask, grid, outputs.index, outputs.images, context);
+  launch(graft_rows_kernel, blocks, false, context, rows);
+  if (!plan.at_once)
+    launch_copy(
+        plan.tile, call.images, outputs.mask, call.grid, outputs.index, outputs.images, context);
+}
+
+void mix_targets(
+    const Targets& targets, std::int64_t batch, const float* lam, const std::int64_t* index,
+    std::int64_t rows, float* mixed, const Context& context) {
+  using namespace cuda;
+  if (rows == 0 || targets.classes == 0) return;
+  launch(mix_targets_kernel, rows, false, context, MixTargets{targets, batch, lam, index, mixed});
 }
 
 }  // namespace sg_kernels

@@ -1,4 +1,3 @@
-// Launch 1, and stage 1 alone.
 #include "saliency.cuh"
 
 namespace sg_kernels {
@@ -33,15 +32,15 @@ void channel_saliency(const Batch& features, Float type, float* map, const Conte
   SaliencyWork work{};
   work.features = features;
   work.type = type;
-  work.plan = plan_saliency(features, kBlocksPerSm);
+  work.plan = plan_saliency(features, std::int64_t{kBlocksPerSm} * multiprocessors());
   work.partials = map;
-  if (work.plan.splits > 1)
-    work.partials = static_cast<float*>(context.scratch(work.plan.splits * cells * 4));
+  const std::int32_t splits = work.plan.splits;
+  if (splits > 1) work.partials = scratch<float>(context, splits * cells);
   launch_saliency(work, context);
-  if (work.plan.splits > 1)
+  if (splits > 1)
     launch<const float*, int, std::int64_t, float*>(
-        sum_splits_kernel, ceil_div(cells, kThreads), false, context, work.partials,
-        work.plan.splits, cells, map);
+        sum_splits_kernel, ceil_div(cells, kThreads), false, context, work.partials, splits, cells,
+        map);
 }
 
 }  // namespace sg_kernels

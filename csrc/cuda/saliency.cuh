@@ -1,106 +1,13 @@
-// Launch 1 on the GPU: stage 1, and the pairing, which needs nothing of the features.
+// Launch 1: stage 1, and the pairing, which needs no features.
 #pragma once
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
-#include <numeric>
 
 #include "cells.cuh"
 
 namespace sg_kernels::cuda {
 
-enum class Layout { kPlanes, kChannelsLast, kGiven };
+constexpr int kMaxLanes = 8;  // numbers of a chunk: kChunk bytes of two each
 
-// How launch 1 reads a map's channels. kPlanes: rows of `planes` channels each, so many that a row
-// is a whole number of chunks; a thread adds up one chunk of many rows. kChannelsLast: `lanes`
-// neighbouring threads add up the channels of a cell. kGiven: the map is ready.
-struct SaliencyPlan {
-  Layout layout;
-  bool wide, dense;      // chunks of kChunk bytes, not of one element; cells lie side by side
-  std::int32_t planes;   // of a row
-  std::int32_t chunks;   // of a row, or of a cell's channels
-  std::int32_t columns;  // chunks of a row that a block reads
-  std::int32_t lanes;
-  std::int32_t rows;
-  std::int32_t tiles, splits;
-};
-
-inline std::int32_t next_power_of_2(std::int64_t n) {
-  std::int32_t power = 1;
-  while (power < n) power *= 2;
-  return power;
-}
-
-// Whether every address is a multiple of kChunk.
-template <class... Addresses>
-bool aligned(const void* data, Addresses... strides) {
-  return ((reinterpret_cast<std::uintptr_t>(data) | ... | static_cast<std::uintptr_t>(strides)) %
-          kChunk) == 0;
-}
-
-constexpr int kInFlight = 4;  // chunks that a thread has asked for at once
-constexpr std::int64_t kMaxSplits = 16;
-constexpr std::int64_t kPartialBytes = 1 << 20;  // what the partial sums of all splits may take
-// Launch 2 reads no more sums of one sample than this.
-constexpr std::int64_t kMaxSums = 2048;
-
-// Splits are as many as fill the device, whose multiprocessors run `blocks_per_sm` blocks at once.
-inline SaliencyPlan plan_saliency(const Batch& features, int blocks_per_sm) {
-  const std::int64_t cells = features.height * features.width, element = features.element;
-  const std::int64_t sample_stride = features.batch > 1 ? features.batch_stride : 0;
-  const std::int32_t lanes = kChunk / static_cast<std::int32_t>(element);
-  check_extents("features", {cells, features.channels});
-  SaliencyPlan plan{};
-  plan.splits = 1;
-  if (features.channels > 1 && features.channel_stride == element) {
-    plan.layout = Layout::kChannelsLast;
-    plan.wide = features.channels % lanes == 0 &&
-                aligned(
-                    features.data, sample_stride, features.height > 1 ? features.row_stride : 0,
-                    features.width > 1 ? features.column_stride : 0);
-    plan.chunks = static_cast<std::int32_t>(features.channels / (plan.wide ? lanes : 1));
-    plan.lanes = std::min(kWarp, next_power_of_2(plan.chunks));
-    plan.tiles = static_cast<std::int32_t>(ceil_div(cells, kThreads / plan.lanes));
-    return plan;
-  }
-  plan.layout = Layout::kPlanes;
-  plan.dense = (features.width == 1 || features.column_stride == element) &&
-               (features.height == 1 || features.row_stride == features.width * element) &&
-               (features.channels == 1 || features.channel_stride == cells * element);
-  plan.planes = static_cast<std::int32_t>(lanes / std::gcd<std::int64_t>(lanes, cells));
-  // A row of several planes has to fit a block, where they are added up.
-  plan.wide = plan.dense && features.channels % plan.planes == 0 &&
-              (plan.planes == 1 || plan.planes * cells <= kThreads * lanes) &&
-              aligned(features.data, sample_stride);
-  if (!plan.wide) plan.planes = 1;
-  plan.chunks = static_cast<std::int32_t>(plan.planes * cells / (plan.wide ? lanes : 1));
-  plan.columns = std::min(plan.chunks, kThreads);
-  plan.rows = static_cast<std::int32_t>(features.channels / plan.planes);
-  plan.tiles = static_cast<std::int32_t>(ceil_div(plan.chunks, plan.columns));
-  const std::int64_t batch = std::max<std::int64_t>(1, features.batch);
-  const std::int64_t most = std::min(
-      {kMaxSplits, std::int64_t{plan.rows} / (kThreads / plan.columns * kInFlight),
-       kMaxSums / cells, kPartialBytes / 4 / (batch * cells),
-       blocks_per_sm * multiprocessors() / (batch * plan.tiles)});
-  while (2 * plan.splits <= most) plan.splits *= 2;
-  return plan;
-}
-
-inline SaliencyPlan plan_given(Grid map, Grid grid, std::int32_t lanes) {
-  constexpr std::int64_t kCellsOfATile = 1024;
-  SaliencyPlan plan{};
-  plan.layout = Layout::kGiven;
-  plan.splits = 1;
-  plan.tiles = static_cast<std::int32_t>(std::clamp<std::int64_t>(
-      std::max(map.cells() / kCellsOfATile, grid.cells() * lanes / kThreads), 1, 64));
-  return plan;
-}
-
-constexpr int kMaxLanes = 8;
-
-// Sums the rows of split `split` into partial, (h, w). `sums`: shared memory, kMaxLanes a thread.
+// Sums the rows of one split into partial, (h, w). `sums`: shared memory, kMaxLanes a thread.
 template <class T, int kLanes>
 __device__ void sum_planes(
     const Batch& features, const SaliencyPlan& plan, const char* sample, int split, int tile,
@@ -120,15 +27,15 @@ __device__ void sum_planes(
     const char* column = sample + (plan.dense ? chunk * std::int64_t{Features::kBytes}
                                               : chunk / width * features.row_stride +
                                                     chunk % width * features.column_stride);
-    for (int row = split * share + group; row < last; row += groups * kInFlight) {
-      Features value[kInFlight];
+    for (int row = split * share + group; row < last; row += groups * kChunksInFlight) {
+      Features value[kChunksInFlight];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
+      for (int i = 0; i < kChunksInFlight; ++i) {
         const int ahead = row + i * groups;
         value[i] = ahead < last ? Features::load(column + ahead * row_stride) : Features{};
       }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i)
+      for (int i = 0; i < kChunksInFlight; ++i)
 #pragma unroll
         for (int l = 0; l < kLanes; ++l) total[l] += fabsf(static_cast<float>(value[i].lane(l)));
     }
@@ -159,17 +66,17 @@ __device__ void sum_channels(
   if (cell < cells) {
     const char* pixel =
         sample + cell / width * features.row_stride + cell % width * features.column_stride;
-    for (int chunk = lane; chunk < plan.chunks; chunk += plan.lanes * kInFlight) {
-      Features value[kInFlight];
+    for (int chunk = lane; chunk < plan.chunks; chunk += plan.lanes * kChunksInFlight) {
+      Features value[kChunksInFlight];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
+      for (int i = 0; i < kChunksInFlight; ++i) {
         const int ahead = chunk + i * plan.lanes;
         value[i] = ahead < plan.chunks
                        ? Features::load(pixel + ahead * std::int64_t{Features::kBytes})
                        : Features{};
       }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i)
+      for (int i = 0; i < kChunksInFlight; ++i)
 #pragma unroll
         for (int l = 0; l < kLanes; ++l) total += fabsf(static_cast<float>(value[i].lane(l)));
     }
@@ -178,7 +85,7 @@ __device__ void sum_channels(
   if (cell < cells && lane == 0) map[cell] = total;
 }
 
-// Copies a part of a ready map, what is not >= 0 in it as NaN, and resamples its part to the grid.
+// Checks a part of a ready map, and resamples it to its part of the grid.
 __device__ inline void check_map(
     const Maps& maps, int tiles, std::int64_t sample, int tile, float* map, float* grid) {
   const int first = tile * kThreads + threadIdx.x, step = tiles * kThreads;
@@ -192,16 +99,16 @@ __device__ inline void check_map(
   });
 }
 
-constexpr int kSamplesOfAWarp = 4;  // one block of Philox words is theirs
+constexpr int kSamplesOfAWarp = 4;  // whose words are one block of Philox
 constexpr int kSamplesOfABlock = kSamplesOfAWarp * kWarps;
 
-// The pairing of the samples of one block: each is ranked among the tickets of the batch.
+// The pairing of one block's samples: ranks each among the tickets of the batch.
 __device__ inline void draw_pairing(
     std::uint64_t seed, std::int64_t batch, bool no_fixed_points, std::int64_t draw, int part,
     std::int64_t* index) {
   constexpr std::uint64_t kNone = ~std::uint64_t{0};
   const int lane = threadIdx.x % kWarp;
-  const int block = part * kWarps + threadIdx.x / kWarp;  // of words
+  const int block = part * kWarps + threadIdx.x / kWarp;  // of Philox
   const Words own_words = philox(block, 0, draw, kPairing, seed);
   std::uint64_t own[kSamplesOfAWarp], rank[kSamplesOfAWarp], next[kSamplesOfAWarp];
   std::uint64_t lowest = kNone;
@@ -236,10 +143,10 @@ __device__ inline void draw_pairing(
   }
 }
 
-// The randomness of launch 1: without an index, none is wanted.
+// The randomness of launch 1.
 struct Pairing {
   Seed seed;
-  std::int64_t rows;
+  std::int64_t draws;  // 0: no pairing is wanted
   bool no_fixed_points;
   const std::int64_t* given;
   std::int64_t* index;
@@ -249,9 +156,7 @@ struct Pairing {
   SG_HOST_DEVICE int parts(std::int64_t batch) const {
     return static_cast<int>((batch + kSamplesOfABlock - 1) / kSamplesOfABlock);
   }
-  std::int64_t tasks(std::int64_t batch) const {
-    return index == nullptr || batch == 0 ? 0 : rows / batch * parts(batch);
-  }
+  std::int64_t tasks(std::int64_t batch) const { return draws * parts(batch); }
 };
 
 __device__ inline void pair(const Pairing& pairing, std::int64_t batch, std::int64_t task) {
@@ -271,16 +176,16 @@ __device__ inline void pair(const Pairing& pairing, std::int64_t batch, std::int
     pairing.index[draw * batch + sample] = pairing.given[draw * batch + sample];
 }
 
-// What launch 1 reads and writes.
+// The arguments of launch 1.
 struct SaliencyWork {
   Batch features;
   Float type;
   SaliencyPlan plan;
   Pairing pairing;
   std::int64_t pairing_tasks;
-  Maps given;       // the ready map, and how it is resampled to `grid`, unless that is nullptr
-  float* partials;  // (splits, batch, h, w); the map itself, where it is ready or not split
-  float* grid;
+  Maps given;       // the ready map
+  float* partials;  // (splits, batch, h, w); with one split or a ready map, the map itself
+  float* grid;      // where the ready map is resampled to; nullptr: it is not
 
   SG_HOST_DEVICE std::int64_t tasks() const {
     return pairing_tasks + features.batch * plan.tiles * plan.splits;
@@ -309,7 +214,7 @@ __device__ void sum_features(
   }
 }
 
-// One task of launch 1: a part of the pairing, or a tile of a sample's split.
+// One task of launch 1: a part of the pairing, or a tile of one split of a sample.
 __device__ inline void saliency_task(const SaliencyWork& work, std::int64_t task) {
   __shared__ float sums[kThreads * kMaxLanes];
   const SaliencyPlan& plan = work.plan;
@@ -320,16 +225,11 @@ __device__ inline void saliency_task(const SaliencyWork& work, std::int64_t task
   const std::int64_t sample = task / plan.tiles / plan.splits;
   if (plan.layout == Layout::kGiven)
     return check_map(work.given, plan.tiles, sample, tile, work.partials, work.grid);
-  using namespace torch::headeronly;
-  switch (work.type) {
-    case Float::kHalf: return sum_features<Half>(work, sample, split, tile, sums);
-    case Float::kBFloat16: return sum_features<BFloat16>(work, sample, split, tile, sums);
-    case Float::kFloat: return sum_features<float>(work, sample, split, tile, sums);
-    case Float::kDouble: return sum_features<double>(work, sample, split, tile, sums);
-  }
+  dispatch(work.type, [&, shared = &sums[0]](auto tag) {
+    sum_features<typename decltype(tag)::type>(work, sample, split, tile, shared);
+  });
 }
 
-// Launch 1, saliency.cu.
 void launch_saliency(const SaliencyWork& work, const Context& context);
 
 }  // namespace sg_kernels::cuda
