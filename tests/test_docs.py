@@ -76,12 +76,12 @@ class ViT(nn.Module):
 
 
 class Swin(nn.Module):
-    """With timm's names: maps are (B, h, w, K)."""
+    """With timm's names: maps are (B, h, w, K), and refused as they are, since K > W."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Conv2d(3, 8, 8, 8)
-        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16))
+        self.layers = nn.Sequential(nn.Linear(8, 48), nn.Linear(48, 48))
 
     def forward(self, images):
         return self.layers(self.embed(images).permute(0, 2, 3, 1))
