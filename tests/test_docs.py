@@ -215,14 +215,15 @@ def test_every_module_that_is_named_exists():
             assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
 
 
-def test_every_path_of_the_map_exists_and_no_file_of_the_package_is_left_out():
+def test_every_path_of_the_map_exists_and_no_source_file_is_left_out():
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
     paths = re.findall(
         r"`((?:sg_kernels|csrc|tests|benchmarks|examples|docs)/[\w./]*)`", contributing
     )
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    package = {f"sg_kernels/{path.name}" for path in (ROOT / "sg_kernels").glob("*.py")}
-    assert package - {"sg_kernels/__init__.py"} <= set(paths)
+    named = set(re.findall(r"`(?:[\w/]+/)?(\w+)(?:\.\w+)?`", contributing))
+    files = [*(ROOT / "sg_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]
+    assert {path.stem for path in files} - {"__init__"} - named == set()
 
 
 def test_a_stage_has_the_same_file_name_in_every_backend():
