@@ -1,4 +1,14 @@
-"""The Triton backend: launch 1 in saliency.py, launch 2 in graft.py, over cells.py and philox.py.
+"""The Triton backend: two launches for a call, imported by :mod:`sg_kernels.ops` when first used.
 
-table.py says with what constants and how many programs; operators.py launches them.
+operators.py  the operators: what they allocate and launch
+plan.py       what a launch looks like, from sizes, strides and the device
+arguments.py  the arguments of the kernels, in groups
+launch.py     how a kernel is compiled and launched
+saliency.py   launch 1: the channel saliency, the pairing and the seed of the call
+rows.py       launch 2: mask, lam, target and copy of each row; the mixing of targets alone
+copy.py       tiles of images, and the graft alone
+backward.py   the gradient of the graft
+cells.py      the stages that work on the cells of a sample
+philox.py     the random draws
+chunks.py     16-byte accesses
 """

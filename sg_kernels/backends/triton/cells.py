@@ -1,14 +1,14 @@
-"""The stages that work on a sample's cells, 2 to 5, 7 and 8, named as in sg_kernels.reference.
+"""The stages that work on a sample's cells, 2 to 5, 7 and 8, named as in the reference.
 
 A program holds all cells of a grid at once, in a block of CELLS >= gh * gw; ``valid`` marks the
-real ones. Maps are read from their partial sums, (splits, batch, h, w).
+real ones. Maps are read from their partial sums: ``values``, of the sizes in ``maps``.
 """
 
 import triton
 import triton.language as tl
 
-from sg_kernels import reference
-from sg_kernels.kernels import philox
+from sg_kernels.backends import reference
+from sg_kernels.backends.triton import philox
 
 FLAT = tl.constexpr(reference.FLAT)
 
@@ -33,41 +33,38 @@ def window_end(position, size, grid):
 
 @triton.jit
 def sum_values(
+    values,
     maps,
     sample,
-    batch,
-    splits,
-    map_size,
     first,
     valid,
     extent,
-    window,
     CHECKED: tl.constexpr,
     TERMS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sums what the splits hold for each cell: ``first``, or where given an ``extent`` from there.
+    """Sums the splits of each cell: its value at ``first``, or all those in an ``extent`` from it.
 
-    UNROLL times TERMS values are read at once, TERMS of them by threads of their own. Maps that are
-    not CHECKED yet are.
+    UNROLL times TERMS values are read at once, TERMS of them by different threads. Values that are
+    not CHECKED yet are checked.
     """
-    h, w = map_size
-    window_h, window_w = window
+    window_cells = 1 if extent is None else maps.window.height * maps.window.width
     total = tl.zeros(first.shape, tl.float32)
-    for start in range(0, splits * window_h * window_w, TERMS * UNROLL):
+    for start in range(0, maps.splits * window_cells, TERMS * UNROLL):
         for part in tl.static_range(UNROLL):
             split = start + part * TERMS + tl.arange(0, TERMS)[:, None]
             place, inside = first[None, :], valid[None, :]
             if extent is not None:
                 high, wide = extent
-                inner = split % (window_h * window_w)
-                split = split // (window_h * window_w)
-                y, x = inner // window_w, inner % window_w
-                place = place + y * w + x
+                inner = split % window_cells
+                split = split // window_cells
+                y, x = inner // maps.window.width, inner % maps.window.width
+                place = place + y * maps.size.width + x
                 inside = inside & (y < high[None, :]) & (x < wide[None, :])
-            row = split.to(tl.int64) * batch + sample
-            inside = inside & (split < splits)
-            value = tl.load(maps + row * (h * w) + place, mask=inside, other=0.0)
+            row = split.to(tl.int64) * maps.batch + sample
+            inside = inside & (split < maps.splits)
+            whole = values + row * (maps.size.height * maps.size.width)
+            value = tl.load(whole + place, mask=inside, other=0.0)
             if not CHECKED:
                 value = checked(value)
             total += tl.sum(value, axis=0)
@@ -76,58 +73,39 @@ def sum_values(
 
 @triton.jit
 def resample(
+    values,
     maps,
     sample,
-    batch,
-    splits,
-    map_size,
-    grid_size,
-    window,
     cell,
     valid,
     CHECKED: tl.constexpr,
     TERMS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Stage 2: the grid's values in ``cell``, each the mean of at most a ``window``."""
-    h, w = map_size
-    gh, gw = grid_size
-    if (gh != h) | (gw != w):
-        cy, cx = cell // gw, cell % gw
-        top, left = window_begin(cy, h, gh), window_begin(cx, w, gw)
-        high, wide = window_end(cy, h, gh) - top, window_end(cx, w, gw) - left
-        first, extent = top * w + left, (high, wide)
-        total = sum_values(
-            maps,
-            sample,
-            batch,
-            splits,
-            map_size,
-            first,
-            valid,
-            extent,
-            window,
-            CHECKED,
-            TERMS,
-            UNROLL,
-        )
+    """Stage 2: the grid's values in ``cell``, each the mean of at most a window."""
+    size, grid = maps.size, maps.grid
+    if (grid.height != size.height) | (grid.width != size.width):
+        cy, cx = cell // grid.width, cell % grid.width
+        top = window_begin(cy, size.height, grid.height)
+        left = window_begin(cx, size.width, grid.width)
+        high = window_end(cy, size.height, grid.height) - top
+        wide = window_end(cx, size.width, grid.width) - left
+        first, extent = top * size.width + left, (high, wide)
+        total = sum_values(values, maps, sample, first, valid, extent, CHECKED, TERMS, UNROLL)
         total = total / (high * wide).to(tl.float32)
     else:
-        total = sum_values(
-            maps,
-            sample,
-            batch,
-            splits,
-            map_size,
-            cell,
-            valid,
-            None,
-            (1, 1),
-            CHECKED,
-            TERMS,
-            UNROLL,
-        )
+        total = sum_values(values, maps, sample, cell, valid, None, CHECKED, TERMS, UNROLL)
     return total
+
+
+@triton.jit
+def destination_of(index, row, own, batch):
+    """The image that a row is grafted onto and True; or its own and False, where that is out of
+    range.
+    """
+    other = tl.load(index + row)
+    known = (other >= 0) & (other < batch)
+    return tl.where(known, other, own), known
 
 
 @triton.jit
@@ -160,44 +138,34 @@ def kth_largest(key, k, CELLS: tl.constexpr):
 
 
 @triton.jit
-def select(
-    grid,
-    cell,
-    valid,
-    cells,
-    temperature,
-    threshold,
-    k,
-    NORMALIZE: tl.constexpr,
-    TOPK: tl.constexpr,
-    CELLS: tl.constexpr,
-):
+def select(grid, cell, valid, cells, options, STAGES: tl.constexpr, CELLS: tl.constexpr):
     """Stage 4: the salient cells. A map that holds NaN or infinity has none."""
-    if TOPK:
+    if STAGES.topk:
         finite = tl.max((valid & ~(tl.abs(grid) < float("inf"))).to(tl.int32), axis=0) == 0
         # The bits of floats >= 0 order them; of equal ones the lowest cell comes first.
         value = tl.where(grid > 0, grid, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
         key = tl.where(valid, value * CELLS + (CELLS - 1 - cell), -1)
-        return key >= tl.where(finite, kth_largest(key, k, CELLS), philox.LARGEST)
+        return key >= tl.where(finite, kth_largest(key, options.k, CELLS), philox.LARGEST)
     else:
         peak = peak_of(grid, valid)
         varies = tl.min(tl.where(valid, grid, float("inf")), axis=0) < peak * FLAT
-        scale = normalize_scale(grid, valid, cells, peak, NORMALIZE)
+        scale = normalize_scale(grid, valid, cells, peak, STAGES.normalize)
         # NaN for NaN, and for infinity, which is the peak; then so is the total.
-        numerator = tl.exp((grid - peak) / scale / temperature)
+        numerator = tl.exp((grid - peak) / scale / options.temperature)
         total = tl.sum(tl.where(valid, numerator, 0.0), axis=0)
-        return valid & (numerator > tl.where(varies, threshold * total, float("inf")))
+        threshold = tl.where(varies, options.threshold * total, float("inf"))
+        return valid & (numerator > threshold)
 
 
 @triton.jit
-def draw_keep_prob(draw, seed, quantiles, keep, gate):
+def draw_keep_prob(draw, seed, quantiles, options):
     """Stage 5, what a draw's rows share: p as a threshold of words, and whether it grafts at all.
 
-    p is ``keep`` where there are no ``quantiles``. It grafts where its word lies below ``gate``.
+    p is ``options.keep_prob`` where there are no ``quantiles``.
     """
     p_word, gate_word, _, _ = philox.words(0, 0, draw, philox.KEEP_PROB, seed)
-    p = keep if quantiles is None else philox.keep_threshold(p_word, quantiles)
-    return p, gate_word.to(tl.int64) < gate
+    p = options.keep_prob if quantiles is None else philox.keep_threshold(p_word, quantiles)
+    return p, gate_word.to(tl.int64) < options.prob
 
 
 @triton.jit
@@ -217,7 +185,7 @@ def bits_of(mask):
 
 @triton.jit
 def mask_at(mask, bits, cell):
-    """The mask at each ``cell``: out of its bits, or where those are too few, of shared memory."""
+    """The mask at each ``cell``: from its bits, or where those are too few from shared memory."""
     if mask.shape[0] <= 64:
         return (bits >> cell) & 1 != 0
     else:
@@ -231,7 +199,7 @@ def share(grid, kept, valid, NORM: tl.constexpr):
     weight = tl.where(valid, grid / peak_of(grid, valid), 0.0)  # squares cannot overflow
     if NORM != "l1":
         weight = weight * weight
-    # Rounded as IEEE has it, here and below: what survives whole is 1, and no more.
+    # Rounded as in IEEE 754, here and below: the share of a map that survives whole is 1.
     return tl.div_rn(tl.sum(tl.where(kept, weight, 0.0), axis=0), tl.sum(weight, axis=0))
 
 
@@ -251,8 +219,8 @@ def label_ratio(own, other, mask, valid, cells, NORM: tl.constexpr):
 
 @triton.jit
 def classes_of(targets, own, other, known, num_classes, TARGETS: tl.constexpr):
-    """What mix_targets takes for two images, and whether it is ``known``: their class ids, or where
-    targets are rows the images themselves.
+    """What mix_targets takes for two images: their class ids, or if targets are rows the images
+    themselves; and whether both are in range.
     """
     if TARGETS == "ids":
         own, other = tl.load(targets + own), tl.load(targets + other)

@@ -1,51 +1,77 @@
-"""How a kernel is launched: compiled once for its constants, then with little on the way."""
+"""How a kernel is compiled, once for its constants, and then launched with little on the way."""
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, get_type_hints
 
 import torch
 import triton
-import triton.language as tl
+from torch import Tensor
+from triton.compiler import ASTSource
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 runs the kernels on the CPU, to test them without a GPU."""
 
 OPTIONS = {"enable_fp_fusion": False}
 """a * b + c rounds twice, as in the reference."""
+POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*i1"}
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def kernel(function: Callable[..., None]) -> Any:
-    """A Triton kernel whose machine code depends on its constexprs alone, and on what is None.
+@lru_cache
+def multiprocessors(device: int) -> int:
+    """Of a CUDA device by its index; 1 for the interpreter, whose tensors have no index: -1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
 
-    Triton would also compile anew for an integer that is 1 or a multiple of 16, and for an address
-    that is. What the kernels need to know of alignment is in their constexprs; so is what lies at
-    the addresses of images and features, while pointers have one type always.
+
+def source(function: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> ASTSource:
+    """What is compiled for a launch: the constants, and which memory is None.
+
+    Nothing else decides it. Triton's own launch would type the numbers of a group by their values,
+    and compile anew for those that are 1 or multiples of 16. Here a number has the type that its
+    group or the kernel declares; alignment is declared in the kernels.
     """
-    runtime = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.annotation is not tl.constexpr
-    ]
-    return triton.jit(function, do_not_specialize=runtime, do_not_specialize_on_alignment=runtime)
+    constexprs: dict[tuple[int, ...], Any] = {}
+
+    def type_of(path: tuple[int, ...], value: Any, declared: Any) -> Any:
+        if isinstance(value, tuple):
+            group: Any = type(value)
+            hints = get_type_hints(group, include_extras=True)
+            fields = enumerate(zip(group._fields, value))
+            return group(*[type_of((*path, i), field, hints[name]) for i, (name, field) in fields])
+        if value is None:
+            constexprs[path] = None
+            return "constexpr"
+        if isinstance(value, Tensor):
+            return POINTERS[value.dtype]
+        return getattr(declared, "__metadata__", (declared,))[0]
+
+    signature = {}
+    for i, (parameter, value) in enumerate(zip(function.params, (*arguments, *constants))):
+        if parameter.is_constexpr:
+            constexprs[i,] = value
+            signature[parameter.name] = "constexpr"
+        else:
+            signature[parameter.name] = type_of((i,), value, parameter.annotation)
+    return ASTSource(function, signature, constexprs)
 
 
 def launch(
     function: Any, programs: int, threads: int, arguments: tuple[Any, ...], *constants: Any
 ) -> None:
-    """Runs ``programs`` of a :func:`kernel`, on the current device and stream."""
+    """Runs ``programs`` of a kernel on the current device and stream.
+
+    ``arguments`` are groups and numbers in the order of the kernel's parameters, memory first.
+    """
     if INTERPRETED:
         function[programs,](*arguments, *constants)
         return
-    absent = tuple([argument is None for argument in arguments])
+    absent = tuple([memory is None for memory in arguments[0]])
     key = (function, torch.cuda.current_device(), threads, constants, absent)
     compiled = _compiled.get(key)
     if compiled is None:
         warp_size = triton.runtime.driver.active.get_current_target().warp_size
-        num_warps = max(1, threads // warp_size)
-        _compiled[key] = function[programs,](*arguments, *constants, num_warps=num_warps, **OPTIONS)
-    else:
-        # Triton's own way takes 5 us longer: it works out the same key from every argument.
-        compiled[programs, 1, 1](*arguments, *constants)
+        options = {"num_warps": max(1, threads // warp_size), **OPTIONS}
+        compiled = triton.compile(source(function, arguments, constants), options=options)
+        _compiled[key] = compiled
+    compiled[programs, 1, 1](*arguments, *constants)

@@ -1,28 +1,35 @@
-"""The operators of :mod:`sg_kernels.ops` on the Triton kernels."""
+"""The operators of :mod:`sg_kernels.ops` on the Triton kernels: what they allocate and launch."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from inspect import signature
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from sg_kernels import reference, rng
-from sg_kernels.kernels import table
-from sg_kernels.kernels.graft import (
-    COLUMNS,
-    graft_backward_kernel,
-    graft_kernel,
-    mix_targets_kernel,
-    saliency_graft_kernel,
+from sg_kernels import rng
+from sg_kernels.backends import reference
+from sg_kernels.backends.triton import plan
+from sg_kernels.backends.triton.arguments import (
+    GraftMemory,
+    Maps,
+    MixMemory,
+    Options,
+    Pairing,
+    RowsMemory,
+    SaliencyMemory,
+    Size,
+    Stages,
 )
-from sg_kernels.kernels.launch import launch
-from sg_kernels.kernels.saliency import SAMPLES, saliency_kernel
+from sg_kernels.backends.triton.backward import graft_backward_kernel
+from sg_kernels.backends.triton.copy import graft_kernel
+from sg_kernels.backends.triton.launch import launch, multiprocessors
+from sg_kernels.backends.triton.rows import COLUMNS, mix_targets_kernel, saliency_graft_kernel
+from sg_kernels.backends.triton.saliency import SAMPLES, saliency_kernel
+from sg_kernels.call import NORM, NORMALIZE, Call, Outputs
 
 UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
-"""Images are copied as integers of so many bytes, whatever they are."""
+"""Images of any dtype are copied as integers of so many bytes."""
 FLOATS = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -30,10 +37,7 @@ FLOATS = {
     torch.float64: tl.float64,
 }
 """What features and gradients are read as."""
-NO_PAIRING = (None, None, None, 0, None, 0, None, 0)
-"""What saliency_kernel takes for the randomness where only the map is wanted."""
-_AFTER_IMAGES = list(signature(reference.saliency_graft).parameters)[1:]
-_GRID_SIZE, _AUGMENTATIONS = map(_AFTER_IMAGES.index, ("grid_size", "augmentations"))
+NO_PAIRING = Pairing(programs=0, rank=0, seed=0)
 
 
 def _blocks(count: int, size: int) -> int:
@@ -41,137 +45,103 @@ def _blocks(count: int, size: int) -> int:
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    device = tensor.device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    index = tensor.get_device()  # -1: not on a GPU
+    if index < 0 or index == torch.cuda.current_device():
         return nullcontext()
-    return torch.cuda.device(device)
+    return torch.cuda.device(index)
 
 
 def _layout(source: Tensor) -> tuple[Any, ...]:
-    """What the launch table asks of features."""
+    """What the plan asks of features."""
     return (
-        tuple(source.shape),
+        source.shape,
         source.stride(),
         source.element_size(),
-        table.alignment(source.data_ptr()),
+        plan.alignment(source.data_ptr()),
     )
 
 
 def _copy_layout(images: Tensor, out: Tensor) -> tuple[Any, ...]:
-    """What it asks of images, and of where they are copied to."""
+    """What the plan asks of images and their copy."""
     return (
         out.shape[0],
-        tuple(images.shape),
+        images.shape,
         images.stride(),
         out.stride(),
         images.element_size(),
-        table.alignment(images.data_ptr(), out.data_ptr()),
+        plan.alignment(images.data_ptr(), out.data_ptr()),
     )
 
 
 def _tile(
-    images: Tensor,
-    out: Tensor,
-    mask_size: tuple[int, int],
-    arithmetic: bool = False,
-) -> table.Tile | None:
-    return table.tile(*_copy_layout(images, out), mask_size, arithmetic, table.THREADS)
-
-
-def _geometry(tile: table.Tile) -> tuple[int, ...]:
-    """The arguments from ``tiles`` to the last stride, which all kernels of images share."""
-    return (
-        tile.tiles,
-        tile.tiles_across,
-        tile.line_count,
-        tile.chunk_count,
-        tile.step,
-        *tile.sides,
-        *tile.strides,
-    )
+    images: Tensor, out: Tensor, grid: tuple[int, int], arithmetic: bool = False
+) -> plan.Tile | None:
+    device = multiprocessors(images.get_device())
+    return plan.tile(*_copy_layout(images, out), grid, arithmetic, plan.THREADS, device)
 
 
 def channel_saliency(features: Tensor) -> Tensor:
     batch, _, h, w = features.shape
-    saliency = features.new_empty((batch, h, w), dtype=torch.float32)
+    saliency = features.new_empty(batch, h, w, dtype=torch.float32)
     if saliency.numel() == 0:
         return saliency
-    if table.map_too_large((h, w), (1, 1)):
+    size = Size(h, w)
+    if plan.map_too_large(size, (1, 1)):
         return reference.channel_saliency(features)
-    plan = table.saliency(*_layout(features))
+    block, sums, splits = plan.saliency(*_layout(features), multiprocessors(features.get_device()))
     partials = saliency
-    if plan.splits > 1:
-        partials = features.new_empty((plan.splits, batch, h, w), dtype=torch.float32)
+    if splits > 1:
+        partials = features.new_empty(splits, batch, h, w, dtype=torch.float32)
     with _on(features):
         launch(
             saliency_kernel,
-            batch * plan.splits * plan.tiles,
-            table.THREADS,
+            batch * splits * sums.tiles,
+            plan.THREADS,
             (
-                features.data_ptr(),
-                partials,
-                None,
-                batch,
-                plan.tiles,
-                plan.splits,
-                plan.row_count,
-                h,
-                w,
-                *plan.strides,
-                h,
-                w,
-                1,
-                1,
-                *NO_PAIRING,
+                SaliencyMemory(features.data_ptr(), partials),
+                sums,
+                Maps(batch, splits, size, size, Size(1, 1)),
+                NO_PAIRING,
             ),
             False,
             FLOATS[features.dtype],
-            plan.layout,
-            plan.planes,
-            plan.rows,
-            plan.chunks,
-            plan.lanes,
-            plan.unroll,
+            block,
         )
-    return partials.sum(0) if plan.splits > 1 else saliency
+    return partials.sum(0) if splits > 1 else saliency
 
 
-def graft(images: Tensor, mask: Tensor, index: Tensor) -> Tensor:
-    out = reference.empty_rows(images, mask.shape[0])
-    graft_out(out, images, mask, index)
-    return out
+def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        out = reference.empty_rows(images, mask.shape[0])
+        _graft(images, mask, index, out)
+        return out
+    _graft(images, mask, index, out)
+    return images.new_empty(0)
 
 
-def graft_out(out: Tensor, images: Tensor, mask: Tensor, index: Tensor) -> None:
+def _graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> None:
     if out.numel() == 0:
         return
-    gh, gw = mask.shape[1:]
-    tile = _tile(images, out, (gh, gw))
+    grid = Size(*mask.shape[1:])
+    tile = _tile(images, out, grid)
     if tile is None:
         reference.graft(images, mask, index, out)
         return
     with _on(images):
         launch(
             graft_kernel,
-            out.shape[0] * tile.tiles,
-            table.THREADS,
+            out.shape[0] * tile.tiles.total,
+            plan.THREADS,
             (
-                images.data_ptr(),
-                out.data_ptr(),
-                mask.contiguous(),
-                index.contiguous(),
+                GraftMemory(
+                    images.data_ptr(), out.data_ptr(), mask.contiguous(), index.contiguous()
+                ),
                 images.shape[0],
-                *_geometry(tile),
-                gh,
-                gw,
+                tile.tiles,
+                grid,
             ),
-            tile.channels_last,
-            tile.strided,
-            tile.uniform,
             UNITS[tile.unit_bytes],
-            tile.lines,
-            tile.chunks,
-            tile.lanes,
+            tile.layout,
         )
 
 
@@ -188,34 +158,25 @@ def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int
 def _graft_backward(grad: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> None:
     if out.numel() == 0:
         return
-    gh, gw = mask.shape[1:]
-    tile = _tile(grad, out, (gh, gw), arithmetic=True)
+    grid = Size(*mask.shape[1:])
+    tile = _tile(grad, out, grid, arithmetic=True)
     if tile is None:
         out.copy_(reference.graft_backward(grad, mask, index, mask.shape[0] // out.shape[0]))
         return
     with _on(grad):
         launch(
             graft_backward_kernel,
-            out.shape[0] * tile.tiles,
-            table.THREADS,
+            out.shape[0] * tile.tiles.total,
+            plan.THREADS,
             (
-                grad.data_ptr(),
-                out.data_ptr(),
-                mask.contiguous(),
-                index.contiguous(),
+                GraftMemory(grad.data_ptr(), out.data_ptr(), mask.contiguous(), index.contiguous()),
                 out.shape[0],
                 grad.shape[0],
-                *_geometry(tile),
-                gh,
-                gw,
+                tile.tiles,
+                grid,
             ),
-            tile.channels_last,
-            tile.strided,
-            tile.uniform,
             FLOATS[grad.dtype],
-            tile.lines,
-            tile.chunks,
-            tile.lanes,
+            tile.layout,
         )
 
 
@@ -223,7 +184,7 @@ def mix_targets(
     targets: Tensor, lam: Tensor, index: Tensor, num_classes: int, label_smoothing: float
 ) -> Tensor:
     rows = lam.shape[0]
-    mixed = lam.new_empty((rows, num_classes), dtype=torch.float32)
+    mixed = lam.new_empty(rows, num_classes, dtype=torch.float32)
     if mixed.numel() == 0:
         return mixed
     tiles = _blocks(num_classes, COLUMNS.value)
@@ -231,193 +192,154 @@ def mix_targets(
         launch(
             mix_targets_kernel,
             rows * tiles,
-            table.THREADS,
+            plan.THREADS,
             (
-                targets.contiguous(),
-                lam.contiguous(),
-                index.contiguous(),
-                mixed,
+                MixMemory(targets.contiguous(), lam.contiguous(), index.contiguous(), mixed),
                 targets.shape[0],
                 tiles,
                 num_classes,
                 label_smoothing,
             ),
-            "ids" if targets.dim() == 1 else "rows",
+            _kind(targets),
         )
     return mixed
 
 
-def saliency_graft(images: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    out = reference.empty_rows(images, args[_AUGMENTATIONS] * images.shape[0])
-    return out, *saliency_graft_out(out, images, *args)
+def _kind(targets: Tensor | None) -> str:
+    return "none" if targets is None else "ids" if targets.dim() == 1 else "rows"
 
 
-def saliency_graft_out(out: Tensor, images: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    features, saliency = args[:2]
-    source = features if saliency is None else saliency
-    plan = table.saliency_graft(
+def saliency_graft(*args: Any) -> Outputs:
+    call = Call(*args)
+    images, out = call.images, call.out
+    source = call.features if call.saliency is None else call.saliency
+    assert source is not None
+    if out is None:
+        out = reference.empty_rows(images, call.augmentations * images.shape[0])
+    planned = plan.saliency_graft(
         *_copy_layout(images, out),
         *_layout(source),
-        saliency is not None,
-        tuple(args[_GRID_SIZE]),
+        call.saliency is not None,
+        tuple(call.grid_size),
+        multiprocessors(images.get_device()),
     )
-    if plan is not None:
-        return _saliency_graft_out(plan, out, images, *args)
-    _, lam, index, *rest = reference.saliency_graft(images, *args, out=out)  # type: ignore[misc]
-    return lam, index.clone(), *rest
-
-
-def _saliency_graft_out(
-    plan: table.Plan,
-    out: Tensor,
-    images: Tensor,
-    features: Tensor | None,
-    saliency: Tensor | None,
-    index: Tensor | None,
-    targets: Tensor | None,
-    seed: Tensor,
-    step: Tensor | None,
-    rank: int,
-    quantiles: Tensor | None,
-    keep_prob: float,
-    grid_size: tuple[int, int],
-    temperature: float,
-    normalize: str,
-    threshold: float,
-    k: int | None,
-    norm: str,
-    prob: float,
-    augmentations: int,
-    no_fixed_points: bool,
-    num_classes: int,
-    label_smoothing: float,
-) -> tuple[Tensor, ...]:
-    gh, gw = grid_size
-    source = features if saliency is None else saliency.contiguous()
-    assert source is not None
-    batch, (h, w) = images.shape[0], source.shape[-2:]
-    rows = out.shape[0]
-    lam = images.new_empty((rows,), dtype=torch.float32)
-    paired = images.new_empty((rows,), dtype=torch.int64)
-    mask = images.new_empty((rows, gh, gw), dtype=torch.bool)
-    mapped = images.new_empty((batch, h, w), dtype=torch.float32)
-    mixed = images.new_empty((rows, 0 if targets is None else num_classes), dtype=torch.float32)
-
-    summed, cells, tile, (window_h, window_w), parts, at_once = plan
-    grid, partials, whole_map = None, mapped, None
-    if summed.splits > 1:
-        partials, whole_map = (
-            images.new_empty((summed.splits, batch, h, w), dtype=torch.float32),
-            mapped,
-        )
-    elif saliency is not None and (gh, gw) != (h, w):
-        grid = images.new_empty((batch, gh, gw), dtype=torch.float32)
-    call_seed = images.new_empty((1,), dtype=torch.int64)
-    on_host = seed.device != images.device
-    pairing_programs = augmentations * _blocks(batch, SAMPLES.value)
+    if planned is None:
+        outputs = reference.saliency_graft(call._replace(out=out))
+        return outputs if call.out is not None else outputs._replace(images=out)
+    outputs = _empty_outputs(planned, call, out)
     with _on(images):
-        launch(
-            saliency_kernel,
-            pairing_programs + batch * summed.splits * summed.tiles,
-            table.THREADS,
-            (
-                source.data_ptr(),
-                partials,
-                grid,
-                batch,
-                summed.tiles,
-                summed.splits,
-                summed.row_count,
-                h,
-                w,
-                *summed.strides,
-                gh,
-                gw,
-                window_h,
-                window_w,
-                None if index is None else index.contiguous(),
-                paired,
-                None if on_host else seed,
-                int(seed) if on_host else 0,
-                step,
-                rank,
-                call_seed,
-                pairing_programs,
-            ),
-            no_fixed_points,
-            FLOATS[source.dtype],
-            summed.layout,
-            summed.planes,
-            summed.rows,
-            summed.chunks,
-            summed.lanes,
-            summed.unroll,
-        )
-        if grid is not None:
-            h, w, window_h, window_w = gh, gw, 1, 1
-        launch(
-            saliency_graft_kernel,
-            rows * (parts + (parts > 1)),
-            cells.threads,
-            (
-                images.data_ptr(),
-                out.data_ptr(),
-                partials if grid is None else grid,
-                whole_map,
-                call_seed,
-                step,
-                quantiles,
-                paired,
-                None if targets is None else targets.contiguous(),
-                lam,
-                mask,
-                mixed,
-                batch,
-                rows,
-                parts,
-                *_geometry(tile),
-                summed.splits,
-                h,
-                w,
-                gh,
-                gw,
-                window_h,
-                window_w,
-                temperature,
-                threshold,
-                k or 0,
-                int(keep_prob * rng.ONE),
-                int(prob * rng.ONE),
-                num_classes,
-                label_smoothing,
-            ),
-            normalize,
-            k is not None,
-            norm,
-            "none" if targets is None else "ids" if targets.dim() == 1 else "rows",
-            cells.cells,
-            cells.terms,
-            cells.unroll,
-            at_once,
-            tile.channels_last,
-            tile.strided,
-            tile.uniform,
-            UNITS[tile.unit_bytes],
-            tile.lines,
-            tile.chunks,
-            tile.lanes,
-        )
-    if not at_once:
-        graft_out(out, images, mask, paired)
-    return lam, paired, mask, mapped, mixed
+        maps, call_seed = _launch_1(planned, call, source, outputs)
+        _launch_2(planned, call, maps, call_seed, out, outputs)
+    if not planned.at_once:
+        _graft(images, outputs.mask, outputs.index, out)
+    return outputs
 
 
-OPERATORS: dict[str, Callable[..., Any]] = {
-    "channel_saliency": channel_saliency,
-    "graft": graft,
-    "graft_out": graft_out,
-    "graft_backward": graft_backward,
-    "mix_targets": mix_targets,
-    "saliency_graft": saliency_graft,
-    "saliency_graft_out": saliency_graft_out,
-}
+def _empty_outputs(planned: plan.Plan, call: Call, out: Tensor) -> Outputs:
+    images, rows = call.images, out.shape[0]
+    columns = 0 if call.targets is None else call.num_classes
+    return Outputs(
+        out if call.out is None else images.new_empty(0),
+        images.new_empty(rows, dtype=torch.float32),
+        images.new_empty(rows, dtype=torch.int64),
+        images.new_empty(rows, *planned.maps.grid, dtype=torch.bool),
+        images.new_empty(planned.maps.batch, *planned.maps.size, dtype=torch.float32),
+        images.new_empty(rows, columns, dtype=torch.float32),
+    )
+
+
+def _launch_1(
+    planned: plan.Plan, call: Call, source: Tensor, outputs: Outputs
+) -> tuple[Tensor, Tensor]:
+    """Sums the channels and draws the pairing. Returns what launch 2 reads: maps and seed."""
+    block, sums, splits = planned.saliency
+    images, seed, batch = call.images, call.seed, planned.maps.batch
+    partials, grid = outputs.saliency, None
+    if splits > 1:
+        partials = images.new_empty(splits, *partials.shape, dtype=torch.float32)
+    if planned.gridded:
+        grid = images.new_empty(batch, *planned.maps.grid, dtype=torch.float32)
+    if call.saliency is not None:
+        source = source.contiguous()
+    call_seed = images.new_empty(1, dtype=torch.int64)
+    on_host = seed.device != images.device
+    programs = call.augmentations * _blocks(batch, SAMPLES.value)
+    launch(
+        saliency_kernel,
+        programs + batch * splits * sums.tiles,
+        plan.THREADS,
+        (
+            SaliencyMemory(
+                source=source.data_ptr(),
+                partials=partials,
+                grid=grid,
+                index=outputs.index,
+                given_index=None if call.index is None else call.index.contiguous(),
+                call_seed=call_seed,
+                seed=None if on_host else seed,
+                step=call.step,
+            ),
+            sums,
+            planned.maps,
+            Pairing(programs, call.rank, int(seed) if on_host else 0),
+        ),
+        call.no_fixed_points,
+        FLOATS[source.dtype],
+        block,
+    )
+    return partials if grid is None else grid, call_seed
+
+
+def _launch_2(
+    planned: plan.Plan,
+    call: Call,
+    maps: Tensor,
+    call_seed: Tensor,
+    out: Tensor,
+    outputs: Outputs,
+) -> None:
+    """Works out everything of a row; copies it too where the plan says so."""
+    targets, rows, tile = call.targets, planned.rows, planned.tile
+    launch(
+        saliency_graft_kernel,
+        rows.rows * (rows.parts + (rows.parts > 1)),
+        planned.threads,
+        (
+            RowsMemory(
+                images=call.images.data_ptr(),
+                out=out.data_ptr(),
+                maps=maps,
+                saliency=outputs.saliency if planned.saliency.splits > 1 else None,
+                call_seed=call_seed,
+                step=call.step,
+                quantiles=call.quantiles,
+                index=outputs.index,
+                targets=None if targets is None else targets.contiguous(),
+                lam=outputs.lam,
+                mask=outputs.mask,
+                mixed=outputs.targets,
+            ),
+            rows,
+            planned.grids,
+            Options(
+                temperature=call.temperature,
+                threshold=call.threshold,
+                k=call.k or 0,
+                keep_prob=int(call.keep_prob * rng.ONE),
+                prob=int(call.prob * rng.ONE),
+                num_classes=call.num_classes,
+                label_smoothing=call.label_smoothing,
+            ),
+            tile.tiles,
+        ),
+        Stages(
+            normalize=NORMALIZE[call.normalize],
+            topk=call.k is not None,
+            norm=NORM[call.norm],
+            targets=_kind(targets),
+        ),
+        planned.cells,
+        planned.at_once,
+        UNITS[tile.unit_bytes],
+        tile.layout,
+    )

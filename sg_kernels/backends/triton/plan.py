@@ -1,112 +1,160 @@
-"""The launch table: what a kernel is compiled for and started with, from sizes and strides alone.
+"""What a launch looks like, decided from sizes, strides and the device alone.
 
-Fixed rules instead of autotuning: the kernels move bytes, and what decides how fast is the width of
-an access, the bytes in flight and the number of programs. Sizes that become constants of a kernel
-are rounded to powers of two, so that few variants are ever compiled.
+Fixed rules instead of autotuning: the kernels move bytes, so their speed depends on the width of an
+access, the bytes in flight and the number of programs. Sizes that become constants of a kernel are
+rounded to powers of two, so that few variants are compiled.
+
+The policy, which csrc/cuda shares:
+
+- Launch 1 splits the channels of a sample where a batch alone would leave multiprocessors idle.
+  Each split writes a partial sum; launch 2 adds them up.
+- In launch 2 several programs share the tiles of a row, and each works out the row's mask itself.
+  That is cheap while the grid has at most MAX_CELLS_IN_LAUNCH_2 cells, and a thread adds up at most
+  MAX_TERMS values for them. These are its "terms": how many cells it holds, times the values that
+  are summed to one of them, splits times window. Beyond either limit one program per row works out
+  the mask, and a third launch copies.
+- A chunk is the widest access that pointers, strides and lines allow. Tiles shrink, and rows are
+  shared out, until every multiprocessor has work.
+
+How many programs are enough is a multiple of the number of multiprocessors.
 """
 
 from functools import lru_cache
-from math import lcm
+from math import ceil, lcm
 from typing import NamedTuple
 
 from triton import cdiv, next_power_of_2
 
+from sg_kernels.backends.triton.arguments import (
+    Block,
+    Cells,
+    Layout,
+    Maps,
+    Rows,
+    Sides,
+    Size,
+    Strides,
+    Sums,
+    Tiles,
+)
+
 CHUNK = 16
 """Bytes of the widest access."""
-
-MAX_CELLS_IN_LAUNCH_2 = 1024
-"""Up to so many cells each program of launch 2 works out its sample's mask on the way."""
-MAX_TERMS_IN_LAUNCH_2 = 64
-"""Of so many values, of splits and window, each may be the sum: what a program reads of a cell."""
-MAX_CELLS = 4096
-"""Up to so many one program holds; finer grids, as of 65 x 64, run on the reference."""
-
+MIN_RUN = 256
+"""Least bytes of a line in a tile: eight sectors, so that neighbouring bytes are read together."""
 MAX_EXTENT = 2**30
-"""Of an image in bytes, and of a side times its cells: kernels count both in 32 bits, with room for
-a tile that reaches past the end. What is larger runs on the reference."""
+"""Most bytes of an image, and most cells times a side: kernels count both in 32 bits, with room for
+a tile that reaches past the end. Larger calls use the reference."""
+
+MAX_CELLS = 4096
+"""Most cells per program; finer grids, as of 65 x 64, use the reference."""
+MAX_CELLS_IN_LAUNCH_2 = 1024
+"""Largest grid that every program of launch 2 works out: 8 cells per thread."""
+MAX_TERMS = 128
+"""Most values that a thread adds up for its cells in launch 2: 32 loads in a row, four in flight
+each. The blocks of csrc have twice the threads, and half the limit."""
 
 THREADS = 128
-"""Of a program, unless it holds more cells than MAX_CELLS_IN_LAUNCH_2."""
-PROGRAMS_1 = 1024
-"""Launch 1 is split until it has so many, about 8 for each multiprocessor of a large device."""
-PROGRAMS_2 = 2048
-"""Launch 2 shares out the tiles of a row until it has so many, about 16 for each multiprocessor.
-More would work out more masks again."""
-MIN_PROGRAMS = 264
-"""Tiles are made smaller until there are so many."""
-MIN_RUN = 256
-"""Bytes of a line that a tile takes at least, so that what is read at once stays together."""
+"""Of a program: small enough that one program waits for memory while others run."""
+MANY_THREADS = 1024
+"""Of a program that holds more than MAX_CELLS_IN_LAUNCH_2 cells: 4 each."""
+WARP = 32
+"""Of a program whose cells fit one warp, which needs no barriers."""
+
+PROGRAMS_1 = 6.5
+"""Least programs of launch 1 per multiprocessor, on average, if splits can make so many. Eight of
+64 registers per thread fit, and splits double."""
+PROGRAMS_2 = 15.5
+"""Least programs of launch 2 per multiprocessor, on average, if a row has tiles enough: two rounds
+of about eight, so that the last to finish cost little. More would work out more masks again."""
+MIN_PROGRAMS = 2
+"""Tiles shrink until a multiprocessor has more than so many, to hide the latency of memory."""
+
+MAX_SPLITS = 16
+"""More would cost launch 2 more loads than they save launch 1."""
+MAX_SUMS = 2048
+"""Most partial sums of a sample, which every program of launch 2 reads: 16 per thread."""
 PARTIAL_BYTES = 1 << 20
-"""What the partial sums of all splits may take."""
+"""Most memory of the partial sums of a call: extra memory stays below 1 MiB."""
+
+MAX_PLANES_CELLS = 2048
+"""Most values of a row of planes: a program holds the row whole, 8 KiB of shared memory."""
+CHANNEL_CHUNKS = 32
+"""Most chunks of channels side by side: one for each thread of a warp."""
+UNROLL = 8
+"""Loads in flight per thread of launch 1, where there is enough to read."""
+SHORT_UNROLL = 4
+"""The same where all is read in at most so many blocks: more loads would lie past the end."""
+
+GIVEN_VALUES = 1024
+"""Values of a ready map that a program reads at once: 8 per thread."""
+GIVEN_CELLS = 256
+"""Most cells that it resamples at once: 2 per thread."""
+GIVEN_TERMS = (1, 16, 256)
+"""How many values of a cell it reads in parallel: as few of these as hold a window, else the most.
+Three variants are compiled."""
+MAX_GIVEN_TILES = 64
+"""Most programs per ready map: a batch of two already fills a device."""
+
+BLOCKS_OF_CELLS = (64, 256, 1024)
+"""Cells of a block in launch 2, so that three variants serve all its grids: one warp up to 64."""
+PARALLEL_VALUES = 4096
+"""Values that a program reads in parallel where a cell has too many for one thread."""
+TERMS_IN_FLIGHT = 4
+"""Loads in flight per thread where one thread sums a cell."""
+
+ACCESSES = 4
+"""Chunks per thread of a tile, all in flight at once."""
+MIN_CHUNKS = 256
+"""Least chunks of a tile, however few its threads are: 4 KiB."""
+MIN_ACCESSES = 2
+"""Tiles do not shrink below so many chunks per thread."""
+MAX_CHUNKS_ACROSS = 256
+"""Most chunks of a line in a tile: 4 KiB."""
+MIN_UNIT = 4
+"""Bytes of a lane that fills a register."""
+MAX_UNIT = 8
+"""Bytes of the widest integer that images are copied as."""
 
 
 class Saliency(NamedTuple):
-    """How launch 1 sums channels; see saliency_kernel."""
+    """How launch 1 sums channels."""
 
-    layout: str
-    planes: int
-    rows: int
-    """Constant: rows of a block."""
-    chunks: int
-    lanes: int
-    unroll: int
-    tiles: int
+    block: Block
+    sums: Sums
     splits: int
-    row_count: int
-    strides: tuple[int, ...]
-    """Of samples, rows, y and x, in chunks."""
 
 
 class Tile(NamedTuple):
-    """How launch 2 copies images; see graft.py."""
+    """How launch 2 copies images; see copy.py."""
 
-    channels_last: bool
-    strided: bool
-    uniform: bool
+    layout: Layout
     unit_bytes: int
-    lines: int
-    """Constant: lines of a tile."""
-    chunks: int
-    lanes: int
-    tiles: int
-    tiles_across: int
-    line_count: int
-    chunk_count: int
-    step: int
-    """Elements that lie in one cell for sure: of a chunk, or where not uniform of a lane."""
-    sides: tuple[int, ...]
-    """The channels, height and width, one at least, then the reciprocals of these."""
-    strides: tuple[int, ...]
-    """Of images, channels, y and x, then the same of the output's, in chunks."""
-
-
-class Cells(NamedTuple):
-    """How a program holds the cells of a sample, and the values that it sums to one."""
-
-    cells: int
-    terms: int
-    """Constant: so many are read at once by threads of their own,"""
-    unroll: int
-    """and so often by the same."""
-    threads: int
+    """Bytes of a lane."""
+    tiles: Tiles
 
 
 class Plan(NamedTuple):
-    """Both launches of a call."""
+    """All launches of a call."""
 
     saliency: Saliency
+    maps: Maps
+    """As launch 1 reads or writes them."""
+    gridded: bool
+    """Whether launch 1 resamples a ready map to the grid."""
+    grids: Maps
+    """As launch 2 reads them."""
     cells: Cells
+    threads: int
+    """Of launch 2."""
     tile: Tile
-    window: tuple[int, int]
-    """The most of a map's rows and columns that a cell of the grid averages over."""
-    parts: int
-    """So many programs of launch 2 share out the tiles of a row."""
+    rows: Rows
     at_once: bool
-    """Whether they do; else a third launch copies."""
+    """Whether launch 2 copies; else a third launch does."""
 
 
 def alignment(*addresses: int) -> int:
-    """The largest power of two, at most CHUNK, that every address is a multiple of."""
+    """The largest power of two, at most CHUNK, that divides every address."""
     bits = CHUNK
     for address in addresses:
         bits |= address
@@ -114,29 +162,31 @@ def alignment(*addresses: int) -> int:
 
 
 def widest_chunk(itemsize: int, aligned: int, *runs: int) -> int:
-    """The bytes of the widest access, where runs of elements begin and end on its multiples."""
+    """Bytes of the widest access, where runs of elements begin and end on its multiples."""
     return max(itemsize, alignment(aligned, *[run * itemsize for run in runs]))
 
 
 def reciprocal(divisor: int) -> int:
-    """What graft.quotient takes for a divisor below 2**31: a factor above 5 bits for a shift."""
+    """What copy.quotient takes for a divisor below 2**31: a factor above 5 bits for a shift."""
     shift = (divisor - 1).bit_length()
     return cdiv(1 << 31 + shift, divisor) << 5 | shift
 
 
 def window(size: int, grid: int) -> int:
-    """The most cells of a map's axis that a cell of the grid averages over."""
+    """The most positions of a map's axis that a cell of the grid averages over."""
     return 1 if grid >= size else cdiv(size, grid) + (size % grid != 0)
 
 
-def splits_of(batch: int, tiles: int, row_count: int, block: int, map_cells: int) -> int:
-    wanted = cdiv(PROGRAMS_1, max(1, batch * tiles))
-    # Every split has a block to read, and launch 2 reads no more than 2048 sums of a sample.
-    most = min(
-        row_count // block, 2048 // map_cells, PARTIAL_BYTES // 4 // max(1, batch * map_cells)
-    )
+def splits_of(
+    batch: int, tiles: int, row_count: int, block: int, map_cells: int, multiprocessors: int
+) -> int:
+    """Splits of a sample's channels, a power of two. ``block``: rows that a program reads at once,
+    of which every split has one.
+    """
+    memory = PARTIAL_BYTES // 4 // max(1, batch * map_cells)
+    most = min(MAX_SPLITS, row_count // block, MAX_SUMS // map_cells, memory)
     splits = 1
-    while splits < min(wanted, 16) and 2 * splits <= most:
+    while splits * batch * tiles < PROGRAMS_1 * multiprocessors and 2 * splits <= most:
         splits *= 2
     return splits
 
@@ -147,67 +197,77 @@ def saliency(
     strides: tuple[int, ...],
     itemsize: int,
     aligned: int,
+    multiprocessors: int,
 ) -> Saliency:
-    batch, channels, h, w = shape
-    sample_stride, channel_stride, y_stride, x_stride = (
-        stride if size > 1 else 0 for stride, size in zip(strides, shape)
-    )
+    """How to sum features of these sizes and strides over their channels."""
+    batch, _, h, w = shape
+    strides = tuple(stride if size > 1 else 0 for stride, size in zip(strides, shape))
+    walk = _across_channels if strides[1] == 1 else _across_planes
+    block, row_count, tiles, at_once, row_stride = walk(shape, strides, itemsize, aligned)
+    block = block._replace(unroll=UNROLL if row_count > SHORT_UNROLL * at_once else SHORT_UNROLL)
+    in_chunks = [s // block.lanes for s in (strides[0], row_stride, strides[2], strides[3])]
+    splits = splits_of(batch, tiles, row_count, at_once * block.unroll, h * w, multiprocessors)
+    return Saliency(block, Sums(tiles, row_count, *in_chunks), splits)
+
+
+def _across_channels(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, aligned: int
+) -> tuple[Block, int, int, int, int]:
+    """The block for channels that are neighbours; rows, tiles, rows at once, and their stride."""
+    _, channels, h, w = shape
+    lanes = widest_chunk(itemsize, aligned, channels, strides[0], *strides[2:]) // itemsize
+    row_count = channels // lanes
+    chunks = min(next_power_of_2(max(1, row_count)), CHANNEL_CHUNKS)
+    rows = THREADS // chunks
+    block = Block("channels_last", 1, rows, chunks, lanes, 0)
+    return block, row_count, cdiv(h * w, rows), chunks, strides[1]
+
+
+def _across_planes(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, aligned: int
+) -> tuple[Block, int, int, int, int]:
+    """The same for channels that are planes (h, w). Dense planes are read as rows of several, so
+    many that a row is a multiple of the widest access.
+    """
+    _, channels, h, w = shape
+    sample_stride, channel_stride, y_stride, x_stride = strides
     map_cells = h * w
-    if channel_stride == 1:
-        chunk = widest_chunk(itemsize, aligned, channels, sample_stride, y_stride, x_stride)
-        layout, planes, lanes = "channels_last", 1, chunk // itemsize
-        row_count = channels // lanes
-        chunks = min(next_power_of_2(max(1, row_count)), 32)
-        rows = THREADS // chunks
-        tiles, block = cdiv(map_cells, rows), chunks
-    else:
-        dense = (
-            (w == 1 or x_stride == 1)
-            and (h == 1 or y_stride == w)
-            and (channels == 1 or channel_stride == map_cells)
-        )
-        layout, planes, lanes = "strided", 1, 1
-        if dense:
-            layout = "planes"
-            chunk = widest_chunk(itemsize, aligned, channels * map_cells, sample_stride)
-            while True:
-                lanes = chunk // itemsize
-                planes = lcm(map_cells, lanes) // map_cells
-                if planes == 1 or planes * map_cells <= 2048:
-                    break
-                chunk //= 2
-            channel_stride = planes * map_cells
-        row_count = channels // planes
-        chunks = next_power_of_2(planes * map_cells // lanes)
-        if planes == 1:
-            chunks = min(chunks, THREADS)
-        rows = max(1, THREADS // chunks)
-        tiles, block = cdiv(planes * map_cells // lanes, chunks), rows
-    unroll = 8 if row_count > 4 * block else 4
-    return Saliency(
-        layout,
-        planes,
-        rows,
-        chunks,
-        lanes,
-        unroll,
-        tiles,
-        splits_of(batch, tiles, row_count, block * unroll, map_cells),
-        row_count,
-        tuple(stride // lanes for stride in (sample_stride, channel_stride, y_stride, x_stride)),
+    dense = (
+        (w == 1 or x_stride == 1)
+        and (h == 1 or y_stride == w)
+        and (channels == 1 or channel_stride == map_cells)
     )
+    layout, planes, lanes = "strided", 1, 1
+    if dense:
+        layout = "planes"
+        chunk = widest_chunk(itemsize, aligned, channels * map_cells, sample_stride)
+        while True:
+            lanes = chunk // itemsize
+            planes = lcm(map_cells, lanes) // map_cells
+            if planes == 1 or planes * map_cells <= MAX_PLANES_CELLS:
+                break
+            chunk //= 2
+        channel_stride = planes * map_cells
+    row_chunks = planes * map_cells // lanes
+    chunks = next_power_of_2(row_chunks)
+    if planes == 1:
+        chunks = min(chunks, THREADS)
+    rows = max(1, THREADS // chunks)
+    block = Block(layout, planes, rows, chunks, lanes, 0)
+    return block, channels // planes, cdiv(row_chunks, chunks), rows, channel_stride
 
 
 def given(map_cells: int, grid_cells: int, terms: int) -> Saliency:
     """How launch 1 checks a ready map and resamples it to ``grid_cells``, of ``terms`` each."""
-    at_once = 1 if terms == 1 else 16 if terms <= 16 else 256
-    cells = min(256, 1024 // at_once)
-    tiles = min(64, max(cdiv(map_cells, 1024), cdiv(grid_cells, cells)))
-    return Saliency("given", 1, at_once, cells, 1, 1, tiles, 1, 0, (0, 0, 0, 0))
+    parallel = next((count for count in GIVEN_TERMS if terms <= count), GIVEN_TERMS[-1])
+    cells = min(GIVEN_CELLS, GIVEN_VALUES // parallel)
+    wanted = max(cdiv(map_cells, GIVEN_VALUES), cdiv(grid_cells, cells))
+    block = Block("given", 1, parallel, cells, 1, 1)
+    return Saliency(block, Sums(min(MAX_GIVEN_TILES, wanted), 0, 0, 0, 0, 0), 1)
 
 
 def map_too_large(map_size: tuple[int, int], grid_size: tuple[int, int]) -> bool:
-    """Whether a map, or a side and its cells, is beyond MAX_EXTENT, or a grid beyond MAX_CELLS."""
+    """Whether a map, or a side and its cells, exceeds MAX_EXTENT, or a grid MAX_CELLS."""
     (h, w), (gh, gw) = map_size, grid_size
     return max(h * w, h * gh, w * gw) > MAX_EXTENT or gh * gw > MAX_CELLS
 
@@ -219,7 +279,7 @@ def too_large(
     itemsize: int,
     grid_size: tuple[int, int],
 ) -> bool:
-    """Whether an image, or a side and its cells, is beyond MAX_EXTENT."""
+    """Whether an image, or a side and its cells, exceeds MAX_EXTENT."""
     (_, channels, height, width), (gh, gw) = shape, grid_size
     counts = [width * channels * gw, height * gh, channels * height]
     for pitches in (strides, out_strides):
@@ -238,6 +298,20 @@ def chunks_across(chunk_count: int, chunk: int, most: int) -> int:
     return best
 
 
+def tile_extents(
+    line_count: int, chunk_count: int, chunk: int, size: int, threads: int, least: int
+) -> tuple[int, int]:
+    """Lines and chunks of a tile of at most ``size`` chunks; fewer where an image would have less
+    than ``least`` tiles, one above the other.
+    """
+    most = min(next_power_of_2(max(1, chunk_count)), MAX_CHUNKS_ACROSS, size)
+    chunks = chunks_across(chunk_count, chunk, most)
+    lines = min(size // chunks, next_power_of_2(max(1, line_count)))
+    while lines > 1 and lines * chunks > MIN_ACCESSES * threads and cdiv(line_count, lines) < least:
+        lines //= 2
+    return lines, chunks
+
+
 @lru_cache(maxsize=1024)
 def tile(
     rows: int,
@@ -249,11 +323,14 @@ def tile(
     grid_size: tuple[int, int],
     whole_elements: bool,
     threads: int,
+    multiprocessors: int,
 ) -> Tile | None:
-    """``whole_elements``: lanes are elements, for arithmetic. None for what is too large."""
+    """How ``rows`` images are copied; None for those that are too large. ``whole_elements``: lanes
+    are elements, for arithmetic.
+    """
     if too_large(shape, strides, out_strides, itemsize, grid_size):
         return None
-    _, channels, height, width = shape
+    channels, height, width = shape[1:]
     strides = tuple(s if n > 1 else 0 for s, n in zip(strides, shape))
     out_strides = tuple(s if n > 1 else 0 for s, n in zip(out_strides, (rows, *shape[1:])))
     channels_last = 0 < out_strides[1] < out_strides[3]
@@ -266,53 +343,50 @@ def tile(
         strided = width > 1 and not strides[3] == out_strides[3] == 1
         pitches = (*strides[:3], *out_strides[:3])
     chunk = itemsize if strided else widest_chunk(itemsize, aligned, line, *pitches)
-    chunk_elements = chunk // itemsize
-    chunk_count = line // chunk_elements
+    elements = chunk // itemsize
+    chunk_count = line // elements
 
-    gw = grid_size[1]
     pixel = channels * itemsize if channels_last else itemsize
-    unit = alignment(chunk, *(cdiv(g * width, gw) * pixel for g in range(1, gw)))
-    uniform = unit == chunk
-    unit_bytes = itemsize if whole_elements else min(unit, 8)
+    # The largest power of two that divides the first byte of every cell of a line.
+    gw = grid_size[1]
+    in_one_cell = alignment(chunk, *(cdiv(g * width, gw) * pixel for g in range(1, gw)))
+    uniform = in_one_cell == chunk
+    unit_bytes = itemsize if whole_elements else min(in_one_cell, MAX_UNIT)
     lanes = chunk // unit_bytes
-
-    # Accesses in flight for each thread; one where narrow lanes take a register each.
-    size = max(4 * threads, 256) if unit_bytes >= 4 or lanes == 1 else threads
-    chunks = chunks_across(chunk_count, chunk, min(next_power_of_2(max(1, chunk_count)), 256, size))
-    lines = min(size // chunks, next_power_of_2(max(1, line_count)))
-    while (
-        lines > 1 and lines * chunks > 2 * threads and rows * cdiv(line_count, lines) < MIN_PROGRAMS
-    ):
-        lines //= 2
-    tiles_across = cdiv(chunk_count, chunks)
+    # Narrow lanes take a register each: one access per thread.
+    wide = unit_bytes >= MIN_UNIT or lanes == 1
+    size = max(ACCESSES * threads, MIN_CHUNKS) if wide else threads
+    least = MIN_PROGRAMS * multiprocessors // rows + 1
+    lines, chunks = tile_extents(line_count, chunk_count, chunk, size, threads, least)
+    across = max(1, cdiv(chunk_count, chunks))
     sides = [max(1, side) for side in shape[1:]]
-    return Tile(
-        channels_last,
-        strided,
-        uniform,
-        unit_bytes,
-        lines,
-        chunks,
-        lanes,
-        max(1, tiles_across * cdiv(line_count, lines)),
-        max(1, tiles_across),
-        line_count,
-        chunk_count,
-        chunk_elements if uniform else unit_bytes // itemsize,
-        (*sides, *map(reciprocal, sides)),
-        tuple(stride // chunk_elements for stride in (*strides, *out_strides)),
+    tiles = Tiles(
+        total=max(1, across * cdiv(line_count, lines)),
+        across=across,
+        lines=line_count,
+        chunks=chunk_count,
+        step=elements if uniform else unit_bytes // itemsize,
+        sides=Sides(*sides, *map(reciprocal, sides)),
+        source=Strides(*[stride // elements for stride in strides]),
+        out=Strides(*[stride // elements for stride in out_strides]),
     )
+    layout = Layout(channels_last, strided, uniform, lines, chunks, lanes)
+    return Tile(layout, unit_bytes, tiles)
 
 
-def cells(grid_cells: int, terms: int) -> Cells:
-    block = next_power_of_2(grid_cells)
-    if block <= MAX_CELLS_IN_LAUNCH_2:
-        block = 64 if block <= 64 else 256 if block <= 256 else 1024
-    if terms > MAX_TERMS_IN_LAUNCH_2:
-        return Cells(block, max(1, 4096 // block), 1, THREADS if block <= 1024 else 1024)
-    # One warp needs no barriers.
-    threads = 32 if block <= 64 else THREADS if block <= 1024 else 1024
-    return Cells(block, 1, min(terms, 4), threads)
+def cells(grid_cells: int, values: int) -> tuple[Cells, int, bool]:
+    """How launch 2 holds a grid whose cells are sums of ``values`` each; its threads; and whether
+    every program of it works out the mask.
+    """
+    block = next((size for size in BLOCKS_OF_CELLS if size >= grid_cells), None)
+    at_once = block is not None
+    block = block or next_power_of_2(grid_cells)
+    threads = WARP if block <= BLOCKS_OF_CELLS[0] else THREADS if at_once else MANY_THREADS
+    terms = values * (block // threads)
+    if terms > MAX_TERMS:
+        parallel = max(1, PARALLEL_VALUES // block)
+        return Cells(block, parallel, 1), max(threads, THREADS), False
+    return Cells(block, 1, min(values, TERMS_IN_FLIGHT)), threads, at_once
 
 
 @lru_cache(maxsize=1024)
@@ -329,23 +403,48 @@ def saliency_graft(
     source_aligned: int,
     ready: bool,
     grid_size: tuple[int, int],
+    multiprocessors: int,
 ) -> Plan | None:
     """The source: a ``ready`` map, or features. None for what is too large, and for no rows."""
-    (h, w), (gh, gw) = source_shape[-2:], grid_size
-    if rows == 0 or map_too_large((h, w), grid_size):
+    size, grid = Size(*source_shape[-2:]), Size(*grid_size)
+    if rows == 0 or map_too_large(size, grid):
         return None
-    windows = window(h, gh), window(w, gw)
-    if ready:  # launch 1 resamples it
-        summed, terms = given(h * w, gh * gw, windows[0] * windows[1]), 1
+    windows = Size(window(size.height, grid.height), window(size.width, grid.width))
+    averaged = windows.height * windows.width
+    grid_cells = grid.height * grid.width
+    if ready:
+        summed, values = given(size.height * size.width, grid_cells, averaged), 1
     else:
-        summed = saliency(source_shape, source_strides, source_itemsize, source_aligned)
-        terms = summed.splits * windows[0] * windows[1]
-    held = cells(gh * gw, terms)
+        summed = saliency(
+            source_shape, source_strides, source_itemsize, source_aligned, multiprocessors
+        )
+        values = summed.splits * averaged
+    maps = Maps(shape[0], summed.splits, size, grid, windows)
+    gridded = ready and grid != size
+    held, threads, at_once = cells(grid_cells, values)
     copied = tile(
-        rows, shape, strides, out_strides, itemsize, aligned, grid_size, False, held.threads
+        rows,
+        shape,
+        strides,
+        out_strides,
+        itemsize,
+        aligned,
+        grid_size,
+        False,
+        threads,
+        multiprocessors,
     )
     if copied is None:
         return None
-    at_once = gh * gw <= MAX_CELLS_IN_LAUNCH_2 and terms <= MAX_TERMS_IN_LAUNCH_2
-    parts = min(copied.tiles, cdiv(PROGRAMS_2, rows)) if at_once else 1
-    return Plan(summed, held, copied, windows, parts, at_once)
+    parts = min(copied.tiles.total, ceil(PROGRAMS_2 * multiprocessors / rows)) if at_once else 1
+    return Plan(
+        saliency=summed,
+        maps=maps,
+        gridded=gridded,
+        grids=maps._replace(size=grid, window=Size(1, 1)) if gridded else maps,
+        cells=held,
+        threads=threads,
+        tile=copied,
+        rows=Rows(rows, parts),
+        at_once=at_once,
+    )
