@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu [--results DIR] [--dry]
 
-Runs every part whatever becomes of the others. DIR/gpu.txt says how each ended, and what those that
-failed printed last; it is written anew after each. All that they printed is in DIR/logs. ``--dry``
-rehearses the same parts without a GPU, into build/dry: Triton's kernels interpreted, CUDA's
-emulated, a few cases and tiny shapes.
+A part that fails or hangs does not keep the others from running. DIR/gpu.txt lists how each ended,
+with the last lines of those that failed; it is rewritten after every part. DIR/logs holds all that
+they printed. ``--dry`` rehearses the same parts without a GPU, into build/dry: Triton's kernels
+interpreted, CUDA's emulated, a few cases and tiny shapes.
 """
 
 import argparse
@@ -20,17 +20,18 @@ from typing import NamedTuple
 
 import torch
 
+ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 EMULATION = "build/emulation/libsg_kernels_cuda.so"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 NOT_OF_A_BACKEND = [
-    f"--ignore=tests/{name}.py"
-    for name in ("test_benchmarks", "test_distribution", "test_gpu", "test_triton")
+    f"--ignore-glob=tests/test_{name}*"
+    for name in ("benchmarks", "distribution", "docs", "gpu", "triton")
 ]
 DEADLINE = 510
-"""Seconds after the start: what then still runs is ended."""
+"""Seconds after the start at which whatever still runs is ended."""
 TAIL = 40
-"""Lines of a log that are repeated in the summary."""
+"""Lines of a log that the summary repeats."""
 
 
 class Part(NamedTuple):
@@ -50,7 +51,7 @@ class Outcome(NamedTuple):
 
 
 def stages(results: Path, dry: bool) -> list[list[Part]]:
-    """What runs when: the parts of a stage run at once."""
+    """The parts of a stage run at the same time, the stages one after the other."""
     if dry:
         building = {"SG_KERNELS_CUDA": "auto"}
         testing = {"TRITON_INTERPRET": "1", "SG_KERNELS_EMULATION": EMULATION}
@@ -65,16 +66,21 @@ def stages(results: Path, dry: bool) -> list[list[Part]]:
         measured, limit = ["--rounds", "31"], 150.0
 
     def tests(name: str, *arguments: str, under: tuple[str, ...] = (), **more: str) -> Part:
-        # A test that hangs says where; no plugins but the tests' own, whatever is installed.
+        # A test that hangs says where. Only the tests' own plugins, whatever is installed.
         pytest = [PYTHON, "-m", "pytest", "-vv", "-p", "no:cacheprovider"]
         command = [*under, *pytest, "-o", "faulthandler_timeout=60", *arguments]
         alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
         return Part(name, command, limit, {**alone, **testing, **more})
 
-    def shard(backend: str, i: int, count: int) -> Part:
-        name = f"suite, {backend} {i + 1} of {count}"
+    def suite(backend: str, count: int) -> list[Part]:
         these = ["-k", backend, *quick, *(few_of_triton if backend == "triton" else few)]
-        return tests(name, *NOT_OF_A_BACKEND, *these, "--shard", f"{i}/{count}")
+        return [
+            tests(
+                f"suite, {backend} {i + 1} of {count}",
+                *(*NOT_OF_A_BACKEND, *these, "--shard", f"{i}/{count}"),
+            )
+            for i in range(1 if dry else count)
+        ]
 
     def sanitized(tool: str) -> Part:
         # PyTorch itself makes calls that fail, and handles them.
@@ -83,22 +89,19 @@ def stages(results: Path, dry: bool) -> list[list[Part]]:
         small = ["tests/test_gpu.py", "-m", "sanitize", "-x", *few]
         return tests(f"sanitizer, {tool}", *small, under=under, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
-    suites = [
-        # Most of the time goes into compiling Triton's kernels.
-        *(shard("triton", i, 6) for i in range(1 if dry else 6)),
-        *(shard("cuda", i, 2) for i in range(1 if dry else 2)),
-    ]
     sanitizers = [sanitized(tool) for tool in TOOLS[: 1 if dry else None]]
-    compare = [PYTHON, "-m", "benchmarks.compare", "--results", str(results), *measured]
+    compare = [PYTHON, "-m", "benchmarks.speed.compare", "--results", str(results), *measured]
+    gpu_tests = tests("gpu tests", "tests/test_gpu.py", *quick, *few)
     return [
         [Part("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 120, building), *emulation],
-        [tests("gpu tests", "tests/test_gpu.py", *quick, *few), *suites, *sanitizers],
+        # Six shards, since compiling Triton's kernels takes most of the time.
+        [gpu_tests, *suite("triton", 6), *suite("cuda", 2), *sanitizers],
         [Part("benchmarks", compare, 400)],
     ]
 
 
 def run(parts: list[Part], logs: Path, deadline: float) -> Iterator[Outcome]:
-    """How each ended, as they end; none outlives its limit, the deadline or this."""
+    """Yields how each ended, as they end. None outlives its limit, the deadline or this call."""
     running = {}
     start = time.monotonic()
     try:
@@ -138,27 +141,19 @@ def run(parts: list[Part], logs: Path, deadline: float) -> Iterator[Outcome]:
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """With all that it has started."""
+    """Ends it with everything that it has started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def summary(outcomes: list[Outcome]) -> str:
-    """What the parts that failed printed last, then a table of all."""
-    ends = [
-        "\n".join([f"---- {o.name}: {o.result}", *o.lines[-TAIL:]])
-        for o in outcomes
-        if o.result != "passed"
-    ]
-    rows = [("part", "result", "seconds", "its last line")]
-    for o in outcomes:
-        rows.append((o.name, o.result, f"{o.seconds:.0f}", o.lines[-1][:80] if o.lines else ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = "\n".join(
-        f"{name:<{widths[0]}}  {result:<{widths[1]}}  {seconds:>{widths[2]}}  {line}"
-        for name, result, seconds, line in rows
-    )
-    return "\n\n".join([*ends, table]) + "\n"
+    """The last lines of the parts that failed, then a table of all."""
+    failed = [outcome for outcome in outcomes if outcome.result != "passed"]
+    ends = ["\n".join([f"---- {o.name}: {o.result}", *o.lines[-TAIL:]]) for o in failed]
+    line = "{:<24}  {:<20}  {:>7}  {}".format
+    rows = [line(o.name, o.result, f"{o.seconds:.0f}", "".join(o.lines[-1:])) for o in outcomes]
+    header = line("part", "result", "seconds", "its last line")
+    return "\n\n".join([*ends, "\n".join([header, *rows])]) + "\n"
 
 
 def main() -> None:
@@ -169,11 +164,10 @@ def main() -> None:
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         sys.exit("There is no CUDA device; --dry rehearses without one.")
-    root = Path(__file__).parents[1]
-    results = options.results or root / ("build/dry" if options.dry else "benchmarks/results")
+    results = options.results or ROOT / ("build/dry" if options.dry else "benchmarks/results")
     results = results.resolve()
-    os.chdir(root)
-    # Where CUDA is installed, though not always on the PATH.
+    os.chdir(ROOT)
+    # CUDA is often installed without being on the PATH.
     os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
     logs = results / "logs"
     logs.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
 """Every public operator on every backend that runs here, at the shapes of the paper.
 
-pytest benchmarks/bench_ops.py
-pytest benchmarks/bench_ops.py -k "saliency_graft and resnet50"
+pytest benchmarks/speed/bench_ops.py
+pytest benchmarks/speed/bench_ops.py -k "saliency_graft and resnet50"
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,18 +13,19 @@ import torch
 from torch.nn import functional as F
 
 import sg_kernels
-from benchmarks import cases
-from benchmarks.candidates import empty_rows
-from benchmarks.cases import Case, Data, fill, make_data
-from benchmarks.measure import synchronize
+from benchmarks.speed import cases
+from benchmarks.speed.candidates import empty_rows
+from benchmarks.speed.cases import Case, Data, fill, make_data
+from benchmarks.speed.measure import synchronize
 from sg_kernels import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUN_HERE = [name for name in sg_kernels.available_backends() if DEVICE in backends.DEVICES[name]]
-CASES = [*cases.paper(DEVICE, quick=True), *cases.paper(DEVICE, quick=False)]
 
 pytestmark = [
-    pytest.mark.parametrize("case", CASES, ids=lambda case: case.name, scope="module"),
+    pytest.mark.parametrize(
+        "case", cases.paper(DEVICE), ids=lambda case: case.name, scope="module"
+    ),
     pytest.mark.parametrize("backend", RUN_HERE),
 ]
 
@@ -40,44 +42,43 @@ def timed(benchmark: Any, case: Case) -> Callable[..., Any]:
     benchmark.group = case.name
     benchmark.extra_info["shape"] = case.shape
 
-    def run(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def run(function: Callable[..., Any], *args: Any, grad: bool = False, **options: Any) -> Any:
         def call() -> Any:
             result = function(*args, **options)
             synchronize()
             return result
 
-        with torch.set_grad_enabled(options.pop("grad", False)):
+        with torch.set_grad_enabled(grad):
             return benchmark(call)
 
     return run
 
 
-def graft(case: Case, data: Data, backend: str, **more: Any) -> sg_kernels.GraftResult:
-    return sg_kernels.saliency_graft(
-        data.images, data.features, backend=backend, **case.options, **more
-    )
+@pytest.fixture
+def graft(case: Case, data: Data, backend: str) -> Callable[..., sg_kernels.GraftResult]:
+    options = {"backend": backend, **case.options}
+    return partial(sg_kernels.saliency_graft, features=data.features, **options)
 
 
-def test_saliency_graft(timed, case, data, backend):
-    timed(graft, case, data, backend)
+def test_saliency_graft(timed, graft, data):
+    timed(graft, data.images)
 
 
-def test_saliency_graft_out(timed, case, data, backend):
-    timed(graft, case, data, backend, out=empty_rows(case, data))
+def test_saliency_graft_out(timed, graft, case, data):
+    timed(graft, data.images, out=empty_rows(case, data))
 
 
-def test_saliency_graft_targets(timed, case, data, backend):
-    timed(graft, case, data, backend, targets=data.labels, num_classes=case.num_classes)
+def test_saliency_graft_targets(timed, graft, case, data):
+    timed(graft, data.images, targets=data.labels, num_classes=case.num_classes)
 
 
-def test_saliency_graft_backward(timed, case, data, backend):
+def test_saliency_graft_backward(timed, graft, data):
     if not data.images.is_floating_point():
         pytest.skip("integers have no gradient")
     images = data.images.detach().requires_grad_()
-    with torch.enable_grad():
-        grafted = graft(case, data._replace(images=images), backend).images
-    # Its own strides: what a convolution behind it would hand back.
-    gradient = fill(torch.empty_like(grafted))
+    grafted = graft(images).images
+    # In the strides of the output: what a convolution behind it would pass back.
+    gradient = fill(torch.empty_like(grafted, requires_grad=False))
     timed(torch.autograd.grad, grafted, images, gradient, retain_graph=True, grad=True)
 
 
@@ -98,14 +99,10 @@ def test_mix_targets(timed, case, data, backend):
     timed(sg_kernels.mix_targets, data.labels, lam, index, case.num_classes, backend=backend)
 
 
-def test_mix_criterion(timed, case, data, backend):
-    result = graft(case, data, backend)
+def test_mix_criterion(timed, graft, case, data):
     logits = torch.randn(len(data.labels), case.num_classes, device=DEVICE)
-
-    def criterion(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, targets, reduction="none")
-
-    timed(sg_kernels.mix_criterion, criterion, logits, data.labels, result)
+    criterion = partial(F.cross_entropy, reduction="none")
+    timed(sg_kernels.mix_criterion, criterion, logits, data.labels, graft(data.images))
 
 
 def test_module(timed, case, data, backend):

@@ -1,53 +1,49 @@
 """The clocks and counters.
 
-Whoever is compared runs in turn, round by round, in an order drawn anew for each, on data made
-alike; a ratio is the median of the rounds' own ratios. So a slow spell of the machine, a warm cache
-and a clock that ramps up meet all sides. What a call returns is freed outside of the timing.
+Candidates take turns: every round runs each of them once, in a new random order, on data of the
+same kind. A ratio is the median of the rounds' own ratios. So a slow spell of the machine, a cold
+cache or a clock that ramps up meets every candidate alike. Results are freed after the clock stops.
 """
 
 import gc
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import cycle
 from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import cuda
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
-try:
-    from tqdm import tqdm
-except ImportError:  # no bar, then
+Run = Callable[[], Any]
 
-    def tqdm(rounds: Iterable[Any], **_: Any) -> Iterable[Any]:
-        return rounds
-
-
-Call = Callable[[], Any]
-Samples = dict[str, np.ndarray]
-"""Nanoseconds a call, by candidate and round; NaN in a round that a slow one sat out."""
-
-ON_CUDA = cuda.is_available()  # asking takes longer than some of what is timed
+ON_CUDA = cuda.is_available()  # asked once: asking takes longer than some of the calls
 
 SLOW_NS = 30e6
+"""Slower candidates sit rounds out: a hundred rounds of one then take about three seconds."""
 FEWEST_SAMPLES = 7
+"""But it runs in so many rounds: fewer give no spread."""
+L2_TIMES = 3
+"""The inputs together exceed the L2 this often, so that none of them is still there."""
 
 
 class Timed(NamedTuple):
-    """What a clock is put around."""
+    """What a clock times."""
 
-    run: Call
+    run: Run
     calls: int = 1
-    """Of the candidate in one run."""
+    """Calls of the candidate per run."""
     busy: int = 1
-    """On CUDA: how much is queued before it, so that the host is ahead of the device."""
+    """On CUDA: how often the ballast is passed over before, so that the host gets ahead."""
     held: Any = None
-    """What must live as long as it."""
+    """What must stay alive while it runs."""
 
 
 def reason(error: BaseException) -> str:
@@ -57,23 +53,22 @@ def reason(error: BaseException) -> str:
 
 
 def wall(timed: Timed) -> float:
-    """From the call until its result exists."""
-    synchronize()
-    start = perf_counter_ns()
-    for _ in range(timed.calls):
-        kept = timed.run()
-    synchronize()
-    elapsed = perf_counter_ns() - start
-    del kept
-    return elapsed / timed.calls
+    """Nanoseconds until the result exists."""
+    return _per_call(timed, wait=True)
 
 
 def host(timed: Timed) -> float:
-    """Until the call returns, whatever the device still has to do."""
+    """Nanoseconds until the call returns, whatever is left for the device to do."""
+    return _per_call(timed, wait=False)
+
+
+def _per_call(timed: Timed, wait: bool) -> float:
     synchronize()
     start = perf_counter_ns()
     for _ in range(timed.calls):
         kept = timed.run()
+    if wait:
+        synchronize()
     elapsed = perf_counter_ns() - start
     synchronize()
     del kept
@@ -91,59 +86,65 @@ def interleave(
     clock: Callable[[Timed], float],
     title: str,
     absent: dict[str, str],
-) -> Samples:
-    """Times all of them in turn. One that raises is dropped, and ``absent`` says why."""
+) -> pd.DataFrame:
+    """Times them in turn: nanoseconds per call, a column for each; NaN where one sat a round out.
+
+    One that raises is dropped, and ``absent`` says why.
+    """
     strides: dict[str, int] = {}
     for name, timed in candidates.items():
         try:
             clock(timed)
-            estimate = clock(timed)
+            estimate = clock(timed) * timed.calls
+            most = max(1, rounds // FEWEST_SAMPLES)
+            strides[name] = max(1, min(most, math.ceil(estimate / SLOW_NS)))
         except Exception as error:
             absent[name] = reason(error)
-            continue
-        most = max(1, rounds // FEWEST_SAMPLES)
-        strides[name] = max(1, min(most, math.ceil(estimate * timed.calls / SLOW_NS)))
     warmup = max(2, rounds // 10)
-    samples = {name: np.full(warmup + rounds, np.nan) for name in strides}
     names = list(strides)
-    # Drawn, so that nobody runs after the same neighbour always; seeded, so that runs are alike.
+    samples = np.full((warmup + rounds, len(names)), np.nan)
+    # Random, so that nobody always follows the same neighbour; seeded, so that runs are alike.
     orders = np.random.default_rng(0)
     collecting = gc.isenabled()
-    gc.disable()  # a collection would land on whichever candidate runs just then
+    gc.disable()  # a collection would be charged to whichever candidate runs just then
     try:
         for i in tqdm(range(warmup + rounds), desc=title, leave=False):
-            for name in [names[j] for j in orders.permutation(len(names))]:
+            for column in orders.permutation(len(names)):
+                name = names[column]
                 if name in absent or i % strides[name]:
                     continue
                 try:
-                    samples[name][i] = clock(candidates[name])
+                    samples[i, column] = clock(candidates[name])
                 except Exception as error:
                     absent[name] = reason(error)
     finally:
         if collecting:
             gc.enable()
-    return {name: values[warmup:] for name, values in samples.items() if name not in absent}
+    frame = pd.DataFrame(samples[warmup:], columns=names)
+    return frame[[name for name in names if name not in absent]]
 
 
-def repeated(call: Call, at_least_ns: float) -> Timed:
-    """So many calls that the clock's own cost does not show."""
-    call()
+def repeated(run: Run, at_least_ns: float = 2e6) -> Timed:
+    """Enough calls, at most 1000, to hide the clock's own cost."""
+    run()
     calls = 1
-    while calls < 1000 and (spent := wall(Timed(call, calls)) * calls) < at_least_ns:
-        calls = min(1000, math.ceil(calls * max(2.0, min(10.0, at_least_ns / spent))))
-    return Timed(call, calls)
+    while calls < 1000 and wall(Timed(run, calls)) * calls < at_least_ns:
+        calls = min(1000, 2 * calls)
+    return Timed(run, calls)
 
 
 class DeviceClock:
     """Device time on CUDA, with a cold L2.
 
-    A candidate becomes a graph of several calls, which take turns with sets of inputs that together
-    exceed the L2 three times over, and a replay is timed by a pair of events. Where it cannot be
-    captured, as many calls are made. Before either, so much is queued that the host is ahead and no
-    gap of its own lies between the events: ``caught_up`` tells where that failed.
+    A candidate becomes a CUDA graph of several calls, and two events time its replay. The calls use
+    several sets of inputs in turn, which together exceed the L2. A candidate that cannot be
+    captured is called as often instead. Before either the ballast keeps the device busy, so that
+    the host gets ahead and its own time does not lie between the events; ``caught_up`` says where
+    the device overtook it.
     """
 
     CALLS = 8
+    """Per measurement: enough to hide what the events cost."""
 
     def __init__(self, device: str = "cuda") -> None:
         properties = cuda.get_device_properties(0)
@@ -160,25 +161,25 @@ class DeviceClock:
     def fill(self, times: int) -> None:
         for _ in range(times):
             self.ballast.neg_()
-        # Read last: no line is left to be written back while something else is timed.
+        # Read last, so that no dirty line is written back while a candidate is timed.
         self.ballast.sum()
 
     def sets(self, bytes_per_call: int) -> int:
-        """How many sets of inputs make the L2 cold; see ``cold``."""
-        return min(64, max(2, math.ceil(3 * self.l2_bytes / max(1, bytes_per_call)) + 1))
+        """How many sets of inputs make the L2 cold: at most 64, see ``cold``."""
+        return min(64, max(2, math.ceil(L2_TIMES * self.l2_bytes / max(1, bytes_per_call)) + 1))
 
     def cold(self, bytes_per_call: int) -> bool:
-        """Whether they do: so many sets of what is tiny are not made."""
-        return self.sets(bytes_per_call) * bytes_per_call >= 3 * self.l2_bytes
+        """Whether they do; tiny inputs would need too many sets."""
+        return self.sets(bytes_per_call) * bytes_per_call >= L2_TIMES * self.l2_bytes
 
-    def prepare(self, calls: list[Call], capturable: bool) -> tuple[Timed, str]:
-        """One candidate on every set of inputs; how it will be timed, and in words."""
+    def prepare(self, calls: list[Run], capturable: bool) -> tuple[Timed, str]:
+        """One candidate, a call for each set of inputs: what to time, and how that is done."""
         for call in calls:
             call()
-        why = "it draws on the host, which a graph would freeze"
+        why = "it draws on the host, and a graph would repeat the draw"
         if capturable:
             try:
-                # A capture that fails leaves its own stream the current one.
+                # A capture that fails leaves its own stream current.
                 with cuda.stream(cuda.current_stream()):
                     return self._capture(calls)
             except Exception as error:
@@ -192,9 +193,9 @@ class DeviceClock:
             self(timed)
             if not self.caught_up:
                 return timed, f"{words} behind a full queue: {why}"
-        return timed, f"{words}, for which the device waits at times: {why}"
+        return timed, f"{words}, and at times the device waits for the host: {why}"
 
-    def _capture(self, calls: list[Call]) -> tuple[Timed, str]:
+    def _capture(self, calls: list[Run]) -> tuple[Timed, str]:
         sequence = calls * math.ceil(self.CALLS / len(calls))
         stream = cuda.Stream()
         stream.wait_stream(cuda.current_stream())
@@ -204,7 +205,7 @@ class DeviceClock:
         cuda.current_stream().wait_stream(stream)
         graph = cuda.CUDAGraph()
         with cuda.graph(graph):
-            # Kept, or every call would write where the one before it did.
+            # Kept alive: otherwise every call would reuse the output of the one before.
             outputs = [call() for call in sequence]
         words = f"graph of {len(sequence)} calls on {len(calls)} sets of inputs"
         return Timed(graph.replay, len(sequence), busy=2, held=outputs), words
@@ -213,7 +214,7 @@ class DeviceClock:
         self.fill(timed.busy)
         self.start.record()
         kept = timed.run()
-        # Of more launches than the driver queues, a thousand or so, the host gets no further ahead.
+        # The driver queues about a thousand launches; beyond that the host cannot get ahead.
         self.caught_up = self.start.query()
         self.end.record()
         cuda.synchronize()
@@ -222,7 +223,7 @@ class DeviceClock:
 
 
 class CountOps(TorchDispatchMode):
-    """Counts the operators that reach the dispatcher."""
+    """Counts operators that reach the dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,55 +234,52 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_operators(call: Call) -> int:
-    call()
-    with CountOps() as counted:
-        call()
-    return counted.count
-
-
-def count_operators_profiled(call: Call) -> int:
-    """The same of what is compiled, and under CountOps would run, and then stay, uncompiled."""
-    call()
+def count_operators(run: Run, compiled: bool = False) -> int:
+    """Operators per call; those of a compiled function, which CountOps would make run uncompiled,
+    are read from a profile."""
+    run()
+    if not compiled:
+        with CountOps() as counted:
+            run()
+        return counted.count
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        call()
+        run()
     operators = [event for event in profiler.events() if "::" in event.name]
-    # Not those that an operator calls in turn.
+    # Without those that another operator calls.
     return sum(event.cpu_parent not in operators for event in operators)
 
 
-def count_launches(call: Call) -> int:
+def count_launches(run: Run) -> int:
     """Kernels, copies and fills that one call puts on the device."""
-    call()
+    run()
     synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        call()
+        run()
         synchronize()
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
 
 
-def count_syncs(call: Call) -> int:
-    """How often one call waits for the device, as torch notices it."""
-    call()
+def count_syncs(run: Run) -> int:
+    """How often one call waits for the device, as far as torch notices."""
+    run()
     cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            call()
+            run()
     finally:
         cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def device_memory_peak(call: Call) -> int:
+def device_memory_peak(run: Run) -> int:
     """Bytes that a call holds at its peak beyond what it returns."""
-    call()
+    run()
     cuda.synchronize()
     cuda.reset_peak_memory_stats()
     before = cuda.memory_allocated()
-    kept = call()
+    kept = run()
     cuda.synchronize()
-    # What is still held when the call is over are its outputs.
-    outputs = cuda.memory_allocated() - before
+    outputs = cuda.memory_allocated() - before  # all that is still held
     del kept
     return cuda.max_memory_allocated() - before - outputs

@@ -1,93 +1,68 @@
 """What a run looks like: every candidate beside the floor, and how the cost grows.
 
-python -m benchmarks.plots FILE.csv    draws it anew, as of a run that was stopped
+python -m benchmarks.speed.plots FILE.csv    draws <name>.png and <name>-growth.png beside it
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from benchmarks import report, results
-from benchmarks.candidates import COPY
-from benchmarks.results import Row
+from benchmarks.speed import results
+from benchmarks.speed.candidates import COPY
 
-OURS, THEIRS, FLOOR = "#d95f02", "#8c9bab", "black"
-SHADES = ("#d95f02", "#7b3294")
+OURS, THEIRS = "#d95f02", "#8c9bab"
+SHADES = {"triton": "#d95f02", "cuda": "#7b3294", "cpp": "#d95f02", COPY: "black"}
 AXES = {
     "batch": "batch of 3x32x32 images, 640x8x8 features",
     "channels": "channels of the 8x8 features of 128 images",
     "grid": "cells along a side; 128 images, 64x8x8 features",
     "augmentations": "augmentations of 128 images, 640x8x8 features",
 }
-HEADLINES = ("cifar", "imagenet")
-UNDRAWN = ("channel_saliency", "map given", "sum of", "of the images", "one element")
-"""Parts of the operator, not a way of mixing."""
+PARTS = "channel_saliency|map given|sum of|of the images|one element"
+"""Candidates that are a part of the work, not a way of mixing."""
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """``<name>.png`` and ``<name>-growth.png`` beside the CSV."""
-    figure_name = "device time" if any(row.figure == "device time" for row in rows) else "time"
-    times = [row for row in rows if row.figure == figure_name and row.value is not None]
-    candidates(times, figure_name, path.with_suffix(".png"))
-    growth(times, figure_name, path.with_name(f"{path.stem}-growth.png"))
+def draw(path: Path) -> None:
+    rows = results.read(path).dropna(subset="value")
+    figure = "device time" if (rows.figure == "device time").any() else "time"
+    times = rows[rows.figure == figure]
+    label = f"{figure} of a call, ms"
+    draw_candidates(times[times.case.isin(["cifar", "imagenet"])], label, path.with_suffix(".png"))
+    draw_growth(times, label, path.with_name(f"{path.stem}-growth.png"))
 
 
-def is_ours(name: str) -> bool:
-    return name.split(",")[0] in ("triton", "cuda", "cpp")
-
-
-def candidates(rows: list[Row], figure_name: str, path: Path) -> None:
-    """One panel a case: a dot a candidate on a logarithmic axis, and the floor as a line."""
-    shown = {
-        case: sorted(
-            (
-                row
-                for row in rows
-                if row.case == case
-                and row.candidate != COPY
-                and not any(part in row.candidate for part in UNDRAWN)
-            ),
-            key=lambda row: row.value or 0.0,
-        )
-        for case in HEADLINES
-    }
-    shown = {case: chosen for case, chosen in shown.items() if chosen}
-    if not shown:
-        return
-    tallest = max(map(len, shown.values()))
+def draw_candidates(rows: pd.DataFrame, label: str, path: Path) -> None:
+    """One panel a case: a dot for each candidate, and the floor as a line."""
+    shown = rows[(rows.candidate != COPY) & ~rows.candidate.str.contains(PARTS)]
+    cases = list(shown.groupby("case", sort=False))
+    height = sum(1.2 + 0.24 * len(chosen) for _, chosen in cases)
     figure, panels = plt.subplots(
-        len(shown), 1, figsize=(8, len(shown) * (1.2 + 0.24 * tallest)), layout="constrained"
+        len(cases), figsize=(8, height), squeeze=False, layout="constrained"
     )
-    for panel, (case, chosen) in zip([panels] if len(shown) == 1 else panels, shown.items()):
-        floor = next((row.value for row in rows if (row.case, row.candidate) == (case, COPY)), None)
-        for y, row in enumerate(chosen):
-            color = OURS if is_ours(row.candidate) else THEIRS
+    for panel, (case, chosen) in zip(panels[:, 0], cases):
+        chosen = chosen.sort_values("value")
+        for y, row in enumerate(chosen.itertuples()):
+            color = OURS if row.candidate.split(",")[0] in SHADES else THEIRS
             panel.plot([row.p20, row.p80], [y, y], color=color, linewidth=2)
-            panel.plot(row.value, y, "o", color=color, markersize=6)
-            panel.annotate(
-                report.figure(row.value),
-                (row.p80, y),
-                (7, 0),
-                textcoords="offset points",
-                va="center",
-            )
-        panel.set_yticks(range(len(chosen)), [row.candidate for row in chosen])
-        title = f"{case}: {chosen[0].shape}"
-        if floor is not None:
-            panel.axvline(floor, color=FLOOR, linestyle="--", linewidth=1)
-            title += f"\ndashed, the floor of grafting: {COPY}, {report.figure(floor)} ms"
-        panel.set_xscale("log")
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            panel.plot(row.value, y, "o", color=color)
+            place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            panel.annotate(f"{row.value:.3g}", (row.p80, y), **place)
+        panel.set_yticks(range(len(chosen)), chosen.candidate)
+        title = f"{case}: {chosen['shape'].iloc[0]}"
+        for floor in rows[(rows.case == case) & (rows.candidate == COPY)].value[:1]:
+            panel.axvline(floor, color="black", linestyle="--", linewidth=1)
+            title += f"\ndashed: the floor of grafting, {COPY}, {floor:.3g} ms"
         panel.set_title(title, loc="left", fontsize=10)
-        panel.set_xlabel(f"{figure_name} of a call, ms, logarithmic; median, bar p20 .. p80")
+        panel.set(xscale="log", xlabel=f"{label} (logarithmic; median, bar from p20 to p80)")
+        panel.xaxis.set_major_formatter(FuncFormatter("{0:g}".format))
         panel.invert_yaxis()
         panel.margins(x=0.15, y=0.05)
         panel.grid(axis="x", color="0.9", linewidth=0.8)
@@ -98,49 +73,39 @@ def candidates(rows: list[Row], figure_name: str, path: Path) -> None:
     plt.close(figure)
 
 
-def growth(rows: list[Row], figure_name: str, path: Path) -> None:
-    """One panel an axis: time against its size, both logarithmic, and the floor."""
+def draw_growth(rows: pd.DataFrame, label: str, path: Path) -> None:
+    """One panel an axis: time against its size, both logarithmic."""
     figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
-    for panel, (axis, label) in zip(panels.flat, AXES.items()):
-        curve(panel, [row for row in rows if row.case.startswith(f"{axis}=")])
-        panel.set_xlabel(label, fontsize=9)
-        panel.set_ylabel(f"{figure_name} of a call, ms")
+    for panel, (axis, words) in zip(panels.flat, AXES.items()):
+        of_axis = rows[rows.case.str.startswith(f"{axis}=")]
+        curves(panel, of_axis.assign(size=of_axis.case.str.partition("=")[2].astype(int)))
+        panel.set_xlabel(words, fontsize=9)
+        panel.set_ylabel(label)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def curve(panel: Axes, rows: Sequence[Row]) -> None:
-    names = list(dict.fromkeys(row.candidate for row in rows))
-    shades = dict(zip((name for name in names if is_ours(name) and "," not in name), SHADES))
-    for name in names:
-        points = sorted((size(row), row) for row in rows if row.candidate == name)
-        at = [x for x, _ in points]
-        color = FLOOR if name == COPY else shades.get(name.split(",")[0], THEIRS)
+def curves(panel: Axes, rows: pd.DataFrame) -> None:
+    for name, points in rows.groupby("candidate", sort=False):
+        points = points.sort_values("size")
+        color = SHADES.get(name.split(",")[0], THEIRS)
         style = "--" if name == COPY else ":" if "," in name else "-"
         label = f"the floor: {name}" if name == COPY else name
-        panel.plot(
-            at, [row.value for _, row in points], style, color=color, marker=".", label=label
-        )
-        low, high = [row.p20 for _, row in points], [row.p80 for _, row in points]
-        panel.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
-    ticks = sorted({size(row) for row in rows})
+        panel.plot(points["size"], points.value, style, color=color, marker=".", label=label)
+        band = {"color": color, "alpha": 0.15, "linewidth": 0}
+        panel.fill_between(points["size"], points.p20, points.p80, **band)
     panel.set(xscale="log", yscale="log")
-    panel.xaxis.set_major_locator(FixedLocator(ticks))
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    panel.xaxis.set_major_locator(FixedLocator(sorted(set(rows["size"]))))
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.grid(color="0.92", linewidth=0.8)
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def size(row: Row) -> int:
-    return int(row.case.partition("=")[2])
-
-
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        draw(results.read(Path(name))[1], Path(name))
+        draw(Path(name))

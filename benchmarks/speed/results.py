@@ -1,8 +1,8 @@
-"""Rows, and the CSV they are kept in: one file a machine, one row a figure."""
+"""The rows of a run, and the CSV that keeps them: one figure a row."""
 
-import csv
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -10,35 +10,28 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import pandas as pd
 import torch
 
-RESULTS = Path(__file__).with_name("results")
-OVER_FLOOR = "time / the floor at the copy bandwidth"
-OVER_LARGER_FLOOR = "time / that floor or two launches"
-PACKAGES = ("torch", "triton", "numpy", "timm", "torchvision", "kornia", "gco-wrapper")
-OPENCV = ("opencv-contrib-python-headless", "opencv-python-headless", "opencv-python")
-
-
-class Run(NamedTuple):
-    """Where and on what a figure was taken."""
-
-    date: str
-    commit: str
-    device: str
-    driver: str
-    versions: str
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = r"torch|triton|numpy|timm|torchvision|kornia|gco-wrapper|opencv-.*"
+RUN = ("date", "commit", "device", "driver", "versions")
+"""The columns that say when and on what a figure was measured."""
+Where = tuple[str, str, str]
+"""The name of a case, its shape, and a candidate."""
 
 
 class Row(NamedTuple):
-    """One figure: a median with its spread, or a count; no value where it is absent."""
+    """A median with its spread over the rounds, or a count."""
 
     case: str
     shape: str
     candidate: str
     figure: str
     value: float | None
-    unit: str
+    """None where it is absent."""
+    unit: str = ""
     p20: float | None = None
     p80: float | None = None
     rounds: int | None = None
@@ -46,128 +39,89 @@ class Row(NamedTuple):
     """How it was measured, or why it is absent."""
 
 
-def row_of(
-    case: str,
-    shape: str,
-    candidate: str,
-    figure: str,
-    values: np.ndarray,
-    unit: str,
-    note: str = "",
-) -> Row:
-    """The median of ``values``, leaving out the rounds that were sat out."""
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return absent(case, shape, candidate, figure, "no round was common to both")
-    p20, p50, p80 = (significant(value) for value in np.percentile(values, (20, 50, 80)))
-    return Row(case, shape, candidate, figure, p50, unit, p20, p80, len(values), note)
+def row_of(where: Where, figure: str, values: pd.Series, unit: str, note: str = "") -> Row:
+    """The median over the rounds in which ``values`` were measured."""
+    values = values.dropna()
+    if values.empty:
+        return absent(where, figure, "no round was common to both")
+    p20, p50, p80 = (float(f"{value:.6g}") for value in values.quantile([0.2, 0.5, 0.8]))
+    return Row(*where, figure, p50, unit, p20, p80, len(values), note)
 
 
-def absent(case: str, shape: str, candidate: str, figure: str, why: str) -> Row:
-    return Row(case, shape, candidate, figure, None, "", note=why)
+def absent(where: Where, figure: str, why: str) -> Row:
+    return Row(*where, figure, None, note=why)
 
 
-def significant(value: float) -> float:
-    return float(f"{value:.6g}")
+def write(path: Path, run: dict[str, str], rows: Iterable[Row]) -> None:
+    frame = pd.DataFrame([{**run, **row._asdict()} for row in rows]).astype({"rounds": "Int64"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    frame.to_csv(unfinished, index=False, float_format="%.12g")
+    unfinished.replace(path)  # a run that is stopped leaves no half of a file
 
 
-def describe_run(device: str) -> Run:
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return Run(now, git_commit(), device_name(device), driver(device), versions())
+def read(path: Path) -> pd.DataFrame:
+    frame = pd.read_csv(path, dtype={**dict.fromkeys(RUN, str), "rounds": "Int64"})
+    return frame.fillna({"shape": "", "unit": "", "note": ""})
+
+
+def find(rows: pd.DataFrame, case: str, candidate: str, figure: str) -> pd.Series | None:
+    """The row of a figure that has a value."""
+    wanted = (rows.case == case) & (rows.candidate == candidate) & (rows.figure == figure)
+    found = rows[wanted & rows.value.notna()]
+    return None if found.empty else found.iloc[0]
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """What a terminal shows: the ratios, then what is absent and why."""
+    keys = ["candidate", "figure"]
+    ratios = rows[rows.unit == "x"].pivot_table("value", keys, "case", sort=False)
+    ratios = ratios.map("{:.3g}".format, na_action="ignore").fillna("")
+    missing = rows[rows.value.isna()].groupby([*keys, "note"], sort=False)
+    cases = missing.case.agg(lambda names: ", ".join(dict.fromkeys(names)))
+    tables = [table.reset_index() for table in (ratios, cases) if len(table)]
+    return "\n\n".join(table.to_markdown(index=False, disable_numparse=True) for table in tables)
+
+
+def describe_run(device: str) -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = output_of(query).partition("\n")[0] if device == "cuda" else platform.release()
+    installed = {each.name: each.version for each in metadata.distributions()}
+    versions = {"python": platform.python_version(), "CUDA": torch.version.cuda or "none"}
+    versions |= {name: installed[name] for name in installed if re.fullmatch(PACKAGES, name)}
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": git_commit(),
+        "device": device_name(device),
+        "driver": driver,
+        "versions": "; ".join(f"{name} {version}" for name, version in versions.items()),
+    }
 
 
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        model = Path("/proc/cpuinfo").read_text().partition("model name")[2]
-    except OSError:
-        model = ""
-    name = model.partition(":")[2].partition("\n")[0].strip() or platform.processor() or "CPU"
-    return f"{name}, {torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{model[1] if model else 'CPU'}, {torch.get_num_threads()} threads"
 
 
-def driver(device: str) -> str:
-    """The GPU's driver, or the kernel."""
-    if device != "cuda":
-        return platform.release()
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return output_of(query).partition("\n")[0] or "unknown"
-
-
-def versions() -> str:
-    found = [f"python {platform.python_version()}"]
-    for package in (*PACKAGES, *OPENCV):
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found.append(f"CUDA {torch.version.cuda}")
-    return "; ".join(found)
+def file_name(device: str) -> str:
+    """``cpu``, or the GPU's model: ``nvidia-h100-80gb-hbm3``."""
+    return "-".join(re.findall(r"\w+", device_name(device).lower())) if device == "cuda" else device
 
 
 def git_commit() -> str:
-    """The commit, with a + where what is measured has changed since, not only the results."""
-    git = ["git", "--no-optional-locks", "-C", str(RESULTS.parents[1])]
+    """With a + where anything but results and the tables made of them has changed since."""
+    git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     commit = output_of([*git, "rev-parse", "--short", "HEAD"])
-    written = f":!{RESULTS.relative_to(RESULTS.parents[1])}"
-    changed = output_of([*git, "status", "--porcelain", "-uno", "--", ".", written, ":!README.md"])
+    written = [f":!{path}" for path in ("benchmarks/results", "README.md", "docs")]
+    changed = output_of([*git, "status", "--porcelain", "-uno", "--", ".", *written])
     return commit + "+" * bool(changed) if commit else "unknown"
 
 
 def output_of(command: list[str]) -> str:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         return ""
-    return run.stdout.strip()
-
-
-def file_name(device: str) -> str:
-    """``cpu``, or the GPU's model: ``nvidia-h100-80gb-hbm3``."""
-    if device != "cuda":
-        return device
-    words = "".join(c if c.isalnum() else " " for c in torch.cuda.get_device_name().lower())
-    return "-".join(words.split())
-
-
-def write(path: Path, run: Run, rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow((*Run._fields, *Row._fields))
-        writer.writerows((*run, *("" if value is None else value for value in row)) for row in rows)
-    unfinished.replace(path)  # a run that is stopped leaves no half of a file
-
-
-def read(path: Path) -> tuple[Run, list[Row]]:
-    with path.open(newline="") as file:
-        records = list(csv.DictReader(file))
-    rows = [
-        Row(
-            *(record[name] for name in ("case", "shape", "candidate", "figure")),
-            _number(record["value"]),
-            record["unit"],
-            _number(record["p20"]),
-            _number(record["p80"]),
-            int(record["rounds"]) if record["rounds"] else None,
-            record["note"],
-        )
-        for record in records
-    ]
-    return Run(*(records[0][name] for name in Run._fields)), rows
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text else None
-
-
-def find(rows: Iterable[Row], case: str, candidate: str, figure: str) -> Row | None:
-    """The row of a figure that has a value."""
-    for row in rows:
-        wanted = (row.case, row.candidate, row.figure) == (case, candidate, figure)
-        if wanted and row.value is not None:
-            return row
-    return None

@@ -1,12 +1,14 @@
-"""Saliency-guided mixups that no installable library computes, after the papers and the authors'
-way of computing them: image by image where they do, on the host where they do, in place where they
-do.
+"""Other mixups: how their libraries are imported, and those that no library computes.
 
-Each takes and returns what a training loop would: images (B, C, H, W) and class ids (B,) in, mixed
-images and soft targets (B, num_classes) out.
+The latter follow the papers and the authors' code: image by image where the authors do so, on the
+host where they do, in place where they do. Each takes what a training loop has, images (B, C, H, W)
+and class ids (B,), and returns mixed images and soft targets (B, num_classes).
 """
 
+import importlib
+import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,6 +16,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Mixed = tuple[Tensor, Tensor]
+
+
+def import_library(name: str) -> ModuleType:
+    """timm or torchvision, beside a PyTorch without CUDA too.
+
+    torchvision's own operators, which timm imports, may be built for CUDA alone and then do not
+    load. The module replaced here describes them and would raise. Nothing we use calls them.
+    """
+    if torch.version.cuda is None:
+        described = "torchvision._meta_registrations"
+        sys.modules.setdefault(described, ModuleType(described))
+    return importlib.import_module(name)
 
 
 def mix_labels(labels: Tensor, other: Tensor, lam: float | Tensor, num_classes: int) -> Tensor:
@@ -24,8 +38,7 @@ def mix_labels(labels: Tensor, other: Tensor, lam: float | Tensor, num_classes: 
 def attentive_cutmix(
     images: Tensor, features: Tensor, labels: Tensor, num_classes: int, patches: int = 6
 ) -> Mixed:
-    """Walawalkar et al., ICASSP 2020: the most attended cells of another image are pasted in, in
-    place.
+    """Walawalkar et al., ICASSP 2020: pastes the most attended cells of another image, in place.
 
     The attention is that of ``features``; the authors run a second, pretrained network for it.
     """
@@ -34,7 +47,7 @@ def attentive_cutmix(
     other = torch.randperm(batch, device=images.device)
     attention = features.abs().mean(1).flatten(1)
     chosen = attention[other].topk(min(patches, h * w), dim=1).indices.tolist()
-    # All are cut out before one is pasted: an image may give and take.
+    # Every patch is cut out before any is pasted: an image may both give and take.
     pasted = []
     for row, (source, cells) in enumerate(zip(other.tolist(), chosen)):
         for cell in cells:
@@ -50,9 +63,9 @@ def attentive_cutmix(
 def fine_grained_saliency(image: np.ndarray) -> np.ndarray:
     """Montabone & Soto, 2010: grey values against the mean of windows around them, (H, W).
 
-    Stands in for OpenCV's function of that name where its contrib modules are missing.
+    Replaces OpenCV's function of that name where its contrib modules are missing.
     """
-    grey = image.astype(np.float32) @ np.float32([0.114, 0.587, 0.299])  # BGR, as OpenCV has it
+    grey = image.astype(np.float32) @ np.float32([0.114, 0.587, 0.299])  # BGR, as in OpenCV
     lighter, darker = np.zeros_like(grey), np.zeros_like(grey)
     height, width = grey.shape
     integral = np.pad(grey.astype(np.float64), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
@@ -79,7 +92,7 @@ def saliencymix(
 ) -> Mixed:
     """Uddin et al., ICLR 2021: a CutMix box around the most salient pixel, in place.
 
-    As its authors do, one image of the batch decides where the box of all of them lies.
+    As in the authors' code, one image decides where the box lies in the whole batch.
     """
     batch, _, height, width = images.shape
     other = torch.randperm(batch, device=images.device)
@@ -96,30 +109,51 @@ def saliencymix(
 def puzzlemix(
     images: Tensor, saliency: Tensor, labels: Tensor, num_classes: int, blocks: int = 8
 ) -> Mixed:
-    """Kim et al., ICML 2020: per pair, the mask of least cost by a graph cut on the host, with the
-    costs and constants of the authors' code.
+    """Kim et al., ICML 2020: for each pair the mask of least cost, by a graph cut on the host, with
+    the costs and constants of the authors' code.
 
-    They draw ``blocks`` a side anew for each batch, 2 to 16 in powers of two. ``saliency``
-    (B, h, w) is given, where they take the gradient of the loss by the images, one more backward
-    pass; their transport of the blocks is left out too. The cuts are made one after the other: they
-    offer to spread them over processes.
+    ``blocks`` a side: the authors draw it per batch, 2 to 16 in powers of two. ``saliency``
+    (B, h, w) is given: the authors take the loss's gradient by the images, one more backward pass.
+    Their transport of the blocks is left out. The cuts run one after the other, as by the authors'
+    default.
     """
     import gco
 
-    batch, _, height, width = images.shape
-    other = torch.randperm(batch, device=images.device)
+    other = torch.randperm(len(images), device=images.device)
     lam = np.random.beta(1.0, 1.0)
-    pooled = min(4, width // blocks)
-    smoothness, locality, eta = 1.2 / blocks / 16, 0.5, 0.2
+    own, foreign, vertical, horizontal = puzzle_costs(images, saliency, other, blocks)
 
+    steps = np.array([0.0, 0.5, 1.0])  # of the other image
+    chances = np.array([lam**2, 2 * lam * (1 - lam), (1 - lam) ** 2])
+    prior = -0.2 * np.log(chances + 1e-8) / blocks**2
+    disagreement = ((steps[:, None] - steps) ** 2).astype(np.float32)
+    unary = integers((1 - steps) * own[..., None] + steps * foreign[..., None] + prior, blocks)
+    down, across = integers(vertical, blocks), integers(horizontal, blocks)
+    masks = np.empty((len(images), blocks, blocks), np.float32)
+    for i in range(len(images)):
+        cut = gco.cut_grid_graph(unary[i], disagreement, down[i], across[i], algorithm="swap")
+        masks[i] = 1 - steps[cut.reshape(blocks, blocks)]
+    mask = torch.from_numpy(masks).to(images.device)[:, None]
+    kept = mask.mean((1, 2, 3))[:, None]
+    mask = F.interpolate(mask.to(images.dtype), images.shape[2:], mode="nearest")
+    return mask * images + (1 - mask) * images[other], mix_labels(labels, other, kept, num_classes)
+
+
+def puzzle_costs(
+    images: Tensor, saliency: Tensor, other: Tensor, blocks: int
+) -> tuple[np.ndarray, ...]:
+    """The cost of a block that shows its own image, and the other: the saliency that is hidden;
+    then the costs of neighbours that disagree, below each other and side by side."""
+    pooled = min(4, images.shape[3] // blocks)
+    every = images.shape[3] // blocks // pooled
+    smoothness, locality = 1.2 / blocks / 16, 0.5
     share = F.adaptive_avg_pool2d(saliency, blocks)
     share = share / share.sum((1, 2), keepdim=True)
-    # What a block costs that shows its own image, and one that shows the other: what is not seen.
     own, foreign = share[other], share.clone()
     pixels = F.avg_pool2d(images.float(), pooled)
     joints = []
     for image, mine, theirs in ((pixels, own, foreign), (pixels.mT, own.mT, foreign.mT)):
-        pair, every = (image, image[other]), width // blocks // pooled
+        pair = image, image[other]
         oo, of, fo, ff = (
             smoothness * locality * seam(above, below, every) for above in pair for below in pair
         )
@@ -128,26 +162,7 @@ def puzzlemix(
         theirs[:, :-1] += (ff + fo) / 2
         theirs[:, 1:] += (ff + of) / 2
         joints.append(smoothness + (of + fo - oo - ff) / 2)
-
-    steps = np.array([0.0, 0.5, 1.0])  # of the other image
-    chances = np.array([lam**2, 2 * lam * (1 - lam), (1 - lam) ** 2])
-    prior = -eta * np.log(chances + 1e-8) / blocks**2
-    disagreement = ((steps[:, None] - steps) ** 2).astype(np.float32)
-    mine, theirs = own.cpu().numpy()[..., None], foreign.cpu().numpy()[..., None]
-    unary = integers((1 - steps) * mine + steps * theirs + prior, blocks)
-    vertical, horizontal = (
-        integers(weights.cpu().numpy(), blocks) for weights in (joints[0], joints[1].mT)
-    )
-    masks = np.empty((batch, blocks, blocks), np.float32)
-    for i in range(batch):
-        cut = gco.cut_grid_graph(
-            unary[i], disagreement, vertical[i], horizontal[i], algorithm="swap"
-        )
-        masks[i] = 1 - steps[cut.reshape(blocks, blocks)]
-    mask = torch.from_numpy(masks).to(images.device)[:, None]
-    kept = mask.mean((1, 2, 3))[:, None]
-    mask = F.interpolate(mask.to(images.dtype), (height, width), mode="nearest")
-    return mask * images + (1 - mask) * images[other], mix_labels(labels, other, kept, num_classes)
+    return tuple(costs.cpu().numpy() for costs in (own, foreign, joints[0], joints[1].mT))
 
 
 def seam(above: Tensor, below: Tensor, every: int) -> Tensor:
@@ -157,4 +172,5 @@ def seam(above: Tensor, below: Tensor, every: int) -> Tensor:
 
 
 def integers(costs: np.ndarray, blocks: int) -> np.ndarray:
+    """As the graph cut takes them: costs times 1000 blocks**2."""
     return (1000 * blocks**2 * costs).astype(np.int32)
