@@ -1,9 +1,9 @@
-"""Saliency Grafting in two minutes: what it does to the test error of a small network, that the
-backends agree and how long they take, and a picture of what it makes of images.
+"""Saliency Grafting in two minutes.
 
-    python -m benchmarks.demo [--epochs 100] [--seeds 5] [--batch-norm] [--output picture.png]
+    python examples/demo.py [--epochs 100] [--seeds 5] [--batch-norm] [--output build/demo.png]
 
-The test errors are kept in a CSV beside the picture.
+Trains a small network with and without grafting, compares the backends (do they agree, how long do
+they take?), and draws grafted images.
 """
 
 import argparse
@@ -26,8 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks import results
-from benchmarks.results import Row
 from sg_kernels import (
     GraftResult,
     SaliencyGraft,
@@ -36,6 +34,7 @@ from sg_kernels import (
     unavailable_backends,
 )
 
+ROOT = Path(__file__).parents[1]
 TRAIN_IMAGES = 300
 BATCH = 50
 PROB = 0.5
@@ -52,7 +51,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def network(batch_norm: bool) -> tuple[nn.Module, nn.Module]:
-    """The layers whose output is the feature map, 32 x 4 x 4, and those behind them."""
+    """The layers that end in the feature map, 32 x 4 x 4, and the layers after them."""
     features = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.BatchNorm2d(16) if batch_norm else nn.Identity(),
@@ -71,7 +70,8 @@ def train(
 ) -> tuple[float, nn.Module]:
     """The test error in percent, and the trained feature layers.
 
-    ``seed`` decides the split, the initial weights and every draw, so both ways start alike.
+    ``seed`` decides the split, the initial weights and every draw, so that runs with and without
+    grafting start alike.
     """
     images, classes = digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -103,41 +103,33 @@ def train(
     return 100 * wrong.float().mean().item(), features
 
 
-def compare_training(epochs: int, seeds: int, batch_norm: bool) -> tuple[nn.Module, list[Row]]:
-    """Prints the test errors of both ways; the feature layers of the last grafted run, and rows."""
-    errors: dict[bool, list[float]] = {False: [], True: []}
+def compare_training(epochs: int, seeds: int, batch_norm: bool) -> nn.Module:
+    """Prints the test errors with and without grafting; the feature layers of the last grafted
+    run."""
+    errors: dict[str, list[float]] = {"plain": [], f"Saliency Grafting, prob={PROB}": []}
     with tqdm(total=2 * seeds * epochs, unit="epoch", desc="training") as progress:
         for seed in range(seeds):
-            for grafting in errors:
-                error, features = train(seed, epochs, batch_norm, grafting, progress)
-                errors[grafting].append(error)
+            for name, each in errors.items():
+                error, features = train(seed, epochs, batch_norm, name != "plain", progress)
+                each.append(error)
     print(
         f"\nTest error on scikit-learn's digits, {TRAIN_IMAGES} training images, {epochs} epochs, "
         f"{seeds} seeds, mean and standard deviation:"
     )
-    shape, rows = f"{TRAIN_IMAGES}x1x8x8, {epochs} epochs, {seeds} seeds", []
-    for grafting, name, note in (
-        (False, "plain", ""),
-        (True, "Saliency Grafting", f"prob={PROB}"),
-    ):
-        mean, each = statistics.mean(errors[grafting]), errors[grafting]
+    for name, each in errors.items():
         spread = statistics.stdev(each) if seeds > 1 else 0.0
         values = " ".join(f"{error:.2f}" for error in each)
-        print(f"  {name:<28}{mean:5.2f} % +- {spread:.2f}   ({values})")
-        rows += [
-            Row("digits", shape, name, figure, results.significant(value), "%", note=note)
-            for figure, value in (("test error", mean), ("its standard deviation", spread))
-        ]
-    return features, rows
+        print(f"  {name:<28}{statistics.mean(each):5.2f} % +- {spread:.2f}   ({values})")
+    return features
 
 
 def median_times(images: Tensor, features: Tensor, calls: int = 100) -> dict[str, float]:
-    """Milliseconds a call into fresh outputs, of each backend that runs.
+    """Milliseconds per call of each available backend, with fresh outputs.
 
-    They take turns, so that a slow spell of the machine meets all of them.
+    The backends take turns, so that a slow spell of the machine meets all of them.
     """
     times: dict[str, list[float]] = {name: [] for name in available_backends()}
-    for seed in range(calls):
+    for seed in tqdm(range(calls), unit="round", desc="timing"):
         for name, each in times.items():
             start = time.perf_counter()
             result = saliency_graft(images, features, seed=seed, backend=name)
@@ -147,16 +139,17 @@ def median_times(images: Tensor, features: Tensor, calls: int = 100) -> dict[str
 
 
 def compare_backends() -> None:
-    """Prints which backends run here, whether they agree, and how long each takes."""
+    """Prints the available backends, whether they agree, how long they take; and the others."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(128, 3, 32, 32, generator=generator)
     features = torch.randn(128, 640, 8, 8, generator=generator)
+    times = median_times(images, features)
     print(
         f"\nBackends on float32 images {tuple(images.shape)} and features "
         f"{tuple(features.shape)}, one thread, median of 100 calls:"
     )
     reference = saliency_graft(images, features, seed=0, backend="reference")
-    for name, milliseconds in median_times(images, features).items():
+    for name, milliseconds in times.items():
         result = saliency_graft(images, features, seed=0, backend=name)
         agreement = "" if name == "reference" else differences(result, reference)
         print(f"  {name:<12}{milliseconds:8.3f} ms   {agreement}".rstrip())
@@ -165,7 +158,7 @@ def compare_backends() -> None:
 
 
 def differences(result: GraftResult, reference: GraftResult) -> str:
-    """How a result differs from the reference's of the same seed."""
+    """How a result differs from the reference's for the same seed."""
     parts = []
     for name in ("index", "mask", "images"):
         wrong = int((getattr(result, name) != getattr(reference, name)).sum())
@@ -175,7 +168,7 @@ def differences(result: GraftResult, reference: GraftResult) -> str:
 
 
 class Panel(NamedTuple):
-    """A batch and its grafts, as the picture shows them: one row for each of ``sources``."""
+    """A batch and its grafts; the picture has a row for each of ``sources``."""
 
     images: Tensor
     names: list[str]
@@ -193,7 +186,7 @@ def panel(
     sources: list[int],
     index: list[int],
 ) -> Panel:
-    """Grafts the batch; ``salient`` are the cells that could have been drawn."""
+    """Grafts the batch. ``salient`` marks the cells that could have been drawn."""
     result, every = (
         saliency_graft(images, features, index=torch.tensor(index), keep_prob=p, seed=0)
         for p in (0.7, 1.0)
@@ -213,7 +206,7 @@ def photographs() -> Panel:
 
 
 def edges(images: Tensor) -> Tensor:
-    """Four edge filters on each colour, averaged over 8 x 8 cells: a feature map without a net."""
+    """Four edge filters per colour, averaged over 8 x 8 cells: a feature map without a network."""
     sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     diagonal = torch.tensor([[-2.0, -1.0, 0.0], [-1.0, 0.0, 1.0], [0.0, 1.0, 2.0]])
     bank = torch.stack([sobel, sobel.T, diagonal, diagonal.flip(1)])[:, None].repeat(3, 1, 1, 1)
@@ -222,7 +215,7 @@ def edges(images: Tensor) -> Tensor:
 
 
 def handwriting(features: nn.Module) -> Panel:
-    """Two pairs of digits, with the features of the network that was trained on grafts."""
+    """Two pairs of digits, with the features of the network trained on grafts."""
     images, classes = digits()
     chosen = torch.tensor([int((classes == digit).nonzero()[0]) for digit in (3, 7, 8, 0)])
     with torch.no_grad():
@@ -262,7 +255,7 @@ def draw_row(row: list[Axes], shown: Panel, i: int) -> None:
 
 
 def draw(panels: list[Panel], output: Path) -> None:
-    """Writes the picture."""
+    """Draws the picture and writes it to ``output``."""
     rows = [(shown, i) for shown in panels for i in shown.sources]
     figure, grid = plt.subplots(
         len(rows), 6, figsize=(10.5, 1.75 * len(rows) + 0.9), squeeze=False, layout="constrained"
@@ -276,7 +269,7 @@ def draw(panels: list[Panel], output: Path) -> None:
         if title:
             axes.set_title(title, fontsize=12)
     grid[0, 5].set_title("target", fontsize=12, loc="left", x=0.05)
-    labels = ("destination", "salient, but not drawn: destination", "salient and drawn: source")
+    labels = ("destination", "salient but not drawn: destination", "salient and drawn: source")
     patches = [Patch(color=colour, label=label) for colour, label in zip(CELLS, labels)]
     figure.legend(handles=patches[::-1], loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(output, dpi=105)
@@ -287,20 +280,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--batch-norm", action="store_true", help="of the network that is trained")
-    parser.add_argument("--output", type=Path, help="the picture")
-    arguments = parser.parse_args()
-    name = "demo-batch-norm" if arguments.batch_norm else "demo"
-    output = arguments.output or results.RESULTS / f"{name}.png"
-
-    # On a busy machine, threads that wait for each other would drown all else.
-    torch.set_num_threads(1)
-    run = results.describe_run("cpu")
-    features, rows = compare_training(arguments.epochs, arguments.seeds, arguments.batch_norm)
-    results.write(output.with_suffix(".csv"), run, rows)
+    parser.add_argument("--batch-norm", action="store_true", help="in the trained network")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "demo.png")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # on a busy machine, waiting for other threads would dominate
+    features = compare_training(options.epochs, options.seeds, options.batch_norm)
     compare_backends()
-    draw([photographs(), handwriting(features)], output)
-    print(f"\nwrote {output} and {output.with_suffix('.csv').name}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    draw([photographs(), handwriting(features)], options.output)
+    print(f"\nwrote {options.output}")
 
 
 if __name__ == "__main__":
