@@ -45,12 +45,13 @@ def sum_values(
 ):
     """Sums the splits of each cell: its value at ``first``, or all those in an ``extent`` from it.
 
-    UNROLL times TERMS values are read at once, TERMS of them by different threads. Values that are
-    not CHECKED yet are checked.
+    UNROLL times TERMS values are read at once, TERMS of them by different threads. Values not
+    CHECKED yet, of a ready map without splits, are checked.
     """
+    splits = maps.splits if CHECKED else 1
     window_cells = 1 if extent is None else maps.window.height * maps.window.width
     total = tl.zeros(first.shape, tl.float32)
-    for start in range(0, maps.splits * window_cells, TERMS * UNROLL):
+    for start in range(0, splits * window_cells, TERMS * UNROLL):
         for part in tl.static_range(UNROLL):
             split = start + part * TERMS + tl.arange(0, TERMS)[:, None]
             place, inside = first[None, :], valid[None, :]
@@ -62,7 +63,7 @@ def sum_values(
                 place = place + y * maps.size.width + x
                 inside = inside & (y < high[None, :]) & (x < wide[None, :])
             row = split.to(tl.int64) * maps.batch + sample
-            inside = inside & (split < maps.splits)
+            inside = inside & (split < splits)
             whole = values + row * (maps.size.height * maps.size.width)
             value = tl.load(whole + place, mask=inside, other=0.0)
             if not CHECKED:

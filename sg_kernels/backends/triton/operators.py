@@ -320,6 +320,7 @@ def _launch_2(
                 mixed=outputs.targets,
             ),
             rows,
+            tile.tiles,
             planned.grids,
             Options(
                 temperature=call.temperature,
@@ -330,7 +331,6 @@ def _launch_2(
                 num_classes=call.num_classes,
                 label_smoothing=call.label_smoothing,
             ),
-            tile.tiles,
         ),
         Stages(
             normalize=NORMALIZE[call.normalize],

@@ -16,9 +16,9 @@ COLUMNS = tl.constexpr(256)
 def saliency_graft_kernel(
     memory: RowsMemory,
     rows: Rows,
+    tiles: Tiles,
     maps: Maps,
     options: Options,
-    tiles: Tiles,
     STAGES: tl.constexpr,
     CELLS: tl.constexpr,
     GRAFTS: tl.constexpr,

@@ -1,4 +1,4 @@
-"""The Triton backend's launches: how many, of what, compiled how often. No GPU is needed."""
+"""What the Triton backend launches: how many kernels, which, compiled how often. Needs no GPU."""
 
 import itertools
 from types import SimpleNamespace
@@ -11,61 +11,56 @@ import triton.language as tl
 from test_rng import KNOWN_ANSWERS, hex_words
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.compiler.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
 
-from sg_kernels import backends, reference, rng
-from sg_kernels.kernels import cells, launch, operators, philox, table
-from sg_kernels.kernels.graft import quotient
+from sg_kernels import backends, rng
+from sg_kernels.backends import reference
+from sg_kernels.backends.triton import cells, launch, operators, philox, plan
+from sg_kernels.backends.triton.copy import quotient
+from sg_kernels.call import NORM, NORMALIZE, Call, Outputs
 
 HOPPER = GPUTarget("cuda", 90, 32)
+MULTIPROCESSORS = 132
 
-needs_compiler = pytest.mark.skipif(backends.INTERPRETED, reason="interpreted kernels have no key")
+needs_compiler = pytest.mark.skipif(backends.INTERPRETED, reason="nothing is compiled")
+interpreted = pytest.mark.skipif(
+    not backends.INTERPRETED, reason="no compiled kernel runs on the CPU"
+)
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What is launched, instead of launching it."""
+    """What is launched on a GPU of 132 multiprocessors, instead of launching it."""
     launches = []
 
     def record(function, programs, threads, arguments, *constants):
         launches.append((function, programs, threads, arguments, constants))
 
     monkeypatch.setattr(operators, "launch", record)
+    monkeypatch.setattr(operators, "multiprocessors", lambda device: MULTIPROCESSORS)
     return launches
 
 
 def meta(*shape, dtype=torch.float32, channels_last=False):
-    """A tensor without values: whoever reads one on the host fails."""
+    """A tensor without values: reading one on the host fails."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
 
 
 def saliency_graft(images, **given):
-    batch = len(images)
     arguments = {
-        "features": meta(batch, 64, 7, 7),
-        "saliency": None,
-        "index": None,
-        "targets": None,
+        "images": images,
+        "features": meta(len(images), 64, 7, 7),
         "seed": meta(1, dtype=torch.int64),
         "step": meta(1, dtype=torch.int64),
-        "rank": 0,
         "quantiles": meta(1025, dtype=torch.int64),
         "keep_prob": 0.0,
         "grid_size": (7, 7),
         "temperature": 0.2,
-        "normalize": "max",
+        "normalize": NORMALIZE.index("max"),
         "threshold": 1 / 49,
-        "k": None,
-        "norm": "l1",
-        "prob": 1.0,
-        "augmentations": 1,
-        "no_fixed_points": False,
-        "num_classes": 0,
-        "label_smoothing": 0.0,
-    } | given
-    return operators.saliency_graft(images, *arguments.values())
+        "norm": NORM.index("l1"),
+    }
+    return operators.saliency_graft(*Call(**arguments | given))
 
 
 OPTIONS = [
@@ -75,9 +70,9 @@ OPTIONS = [
     {"quantiles": None},
     {"k": 5},
     {"threshold": 0.5},
-    {"normalize": "mean"},
-    {"normalize": "none"},
-    *({"norm": norm} for norm in ("l2", "l2sq", "area")),
+    {"normalize": NORMALIZE.index("mean")},
+    {"normalize": NORMALIZE.index("none")},
+    *({"norm": NORM.index(norm)} for norm in ("l2", "l2sq", "area")),
     {"augmentations": 3},
     {"no_fixed_points": True},
     {"index": meta(8, dtype=torch.int64)},
@@ -89,6 +84,7 @@ OPTIONS = [
     {"features": meta(8, 64, 14, 14, dtype=torch.bfloat16, channels_last=True)},
     {"features": meta(8, 64, 9, 9)[:, :, 1:-1, 2:]},
     {"step": None},
+    {"out": meta(8, 3, 64, 64)},
 ]
 
 
@@ -107,7 +103,7 @@ def test_every_option_takes_two_launches_and_reads_nothing_on_the_host(launched,
     ],
     ids=["large windows", "fine grid"],
 )
-def test_what_would_cost_much_in_every_program_takes_a_third_launch(launched, given):
+def test_masks_that_are_costly_to_work_out_again_take_a_third_launch(launched, given):
     saliency_graft(meta(8, 3, 64, 64), **given)
     assert len(launched) == 3
 
@@ -126,9 +122,13 @@ def odd_shapes():
         yield (channels + k) % 61 + 1, (channels, height, width), (k, h, w)
 
 
+def key(function, threads, arguments, constants):
+    return function, threads, constants, tuple(memory is None for memory in arguments[0])
+
+
 def keys(launched):
     return {
-        (function, threads, constants, tuple(argument is None for argument in arguments))
+        key(function, threads, arguments, constants)
         for function, _, threads, arguments, constants in launched
     }
 
@@ -144,9 +144,8 @@ def test_few_kernels_are_compiled_for_many_shapes(launched):
 
 
 @needs_compiler
-def test_what_is_compiled_once_is_what_triton_would_compile_once(launched):
-    """Triton's own key never differs where ours does not: sizes of 1 and 16, addresses, dtypes."""
-    backend = make_backend(HOPPER)
+def test_what_is_compiled_depends_on_the_key_alone(launched):
+    """Not on sizes of 1 and 16, addresses or the dtype of images."""
     seen = {}
     for batch, side, dtype, offset in itertools.product(
         (1, 2, 16, 33), (16, 32, 48), (torch.uint8, torch.float32), (0, 1)
@@ -155,48 +154,79 @@ def test_what_is_compiled_once_is_what_triton_would_compile_once(launched):
         memory = torch.empty(batch * 3 * side * side + offset, dtype=dtype)
         images = memory[offset:].view(batch, 3, side, side)
         features = torch.empty(batch * 16 * 8 * 8 + offset)[offset:].view(batch, 16, 8, 8)
-        given = {
-            "features": features,
-            "seed": torch.zeros(1, dtype=torch.int64),
-            "step": torch.zeros(1, dtype=torch.int64),
-            "quantiles": torch.zeros(1025, dtype=torch.int64),
-            "grid_size": (8, 8),
-            "targets": torch.zeros(batch, dtype=torch.int64),
-            "num_classes": batch,
-        }
-        saliency_graft(images, **given)
-        for function, _, _, arguments, constants in launched:
-            bind = create_function_from_signature(function.signature, function.params, backend)
-            _, triton_key, _ = bind(*arguments, *constants, debug=False)
-            absent = tuple(argument is None for argument in arguments)
-            ours = function, constants, absent
-            assert seen.setdefault(ours, str(triton_key)) == str(triton_key)
+        saliency_graft(
+            images,
+            features=features,
+            seed=torch.zeros(1, dtype=torch.int64),
+            step=torch.zeros(1, dtype=torch.int64),
+            quantiles=torch.zeros(1025, dtype=torch.int64),
+            grid_size=(8, 8),
+            targets=torch.zeros(batch, dtype=torch.int64),
+            num_classes=batch,
+        )
+        for function, _, threads, arguments, constants in launched:
+            source = launch.source(function, arguments, constants).hash()
+            assert seen.setdefault(key(function, threads, arguments, constants), source) == source
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", [-(2**63), 1, 2**63 - 1])
+def test_every_number_fits_the_type_that_its_group_declares(launched, seed):
+    images = torch.empty(1, device="meta").as_strided((2, 3, 8, 8), (2**40, 2**26, 2**23, 1))
+    options = {"keep_prob": 1.0, "prob": 1.0, "quantiles": None, "k": 49, "rank": 2**31 - 1}
+    saliency_graft(images, seed=torch.tensor([seed]), augmentations=3, **options)
+    operators.graft(images, meta(2, 7, 7, dtype=torch.bool), meta(2, dtype=torch.int64))
+    assert len(launched) == 3
+    checked = 0
+    for function, _, _, arguments, constants in launched:
+        signature = launch.source(function, arguments, constants).signature
+        for kind, number in flat(tuple(signature.values()), arguments):
+            if kind in ("i32", "i64"):
+                bits = int(kind[1:])
+                assert -(2 ** (bits - 1)) <= number < 2 ** (bits - 1)
+                checked += 1
+            assert (kind == "constexpr") == (number is None)
+            assert (kind[0] == "*") == isinstance(number, torch.Tensor)
+    assert checked > 60
+
+
+def flat(signature, arguments):
+    for kind, argument in zip(signature, arguments):
+        if isinstance(argument, tuple):
+            yield from flat(kind, argument)
+        else:
+            yield kind, argument
 
 
 @needs_compiler
 def test_a_second_launch_goes_straight_to_the_compiled_kernel(monkeypatch):
-    calls = []
+    compiled, ran = [], []
 
     class Kernel:
         def __getitem__(self, grid):
-            def run(*arguments, **options):
-                calls.append((self, grid, arguments))
-                return compiled
+            return lambda *arguments: ran.append((grid, arguments))
 
-            return run
+    def compile_(source, options):
+        compiled.append((source, options["num_warps"]))
+        return Kernel()
 
-    kernel, compiled = Kernel(), Kernel()
     target = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: HOPPER))
     monkeypatch.setattr(triton.runtime, "driver", target)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "source", lambda *given: given)
+    monkeypatch.setattr(triton, "compile", compile_)
     for programs in (5, 6):
-        launch.launch(kernel, programs, 128, (1, None), True)
-    launch.launch(kernel, 5, 128, (1, 2), True)
-    assert calls == [
-        (kernel, (5,), (1, None, True)),
-        (compiled, (6, 1, 1), (1, None, True)),
-        (kernel, (5,), (1, 2, True)),
+        launch.launch("kernel", programs, 128, ((1, None), programs), True)
+    launch.launch("kernel", 5, 128, ((1, 2), 5), True)
+    assert compiled == [
+        (("kernel", ((1, None), 5), (True,)), 4),
+        (("kernel", ((1, 2), 5), (True,)), 4),
+    ]
+    assert ran == [
+        ((5, 1, 1), ((1, None), 5, True)),
+        ((6, 1, 1), ((1, None), 6, True)),
+        ((5, 1, 1), ((1, 2), 5, True)),
     ]
 
 
@@ -206,79 +236,30 @@ def test_launch_1_has_as_many_programs_for_small_batches_as_for_large(launched):
         launched.clear()
         operators.channel_saliency(meta(batch, 2048, 7, 7, dtype=torch.bfloat16))
         programs[batch] = launched[0][1]
-    assert min(programs.values()) >= table.PROGRAMS_1 / 2
+    assert min(programs.values()) >= plan.PROGRAMS_1 * MULTIPROCESSORS / 2
 
 
 def test_partial_sums_stay_small(launched):
     for batch, k, side in itertools.product((1, 7, 64, 513), (64, 768, 2048), (1, 7, 8, 14, 32)):
         launched.clear()
         operators.channel_saliency(meta(batch, k, side, side))
-        partials = launched[0][3][1]
-        assert partials.nbytes <= max(1 << 20, batch * side * side * 4)
+        memory, *_ = launched[0][3]
+        assert memory.partials.nbytes <= max(1 << 20, batch * side * side * 4)
 
 
 def test_the_masks_worked_out_again_stay_few(launched):
     for batch in (1, 32, 256, 4096):
         launched.clear()
         saliency_graft(meta(batch, 3, 224, 224), features=meta(batch, 2048, 7, 7))
-        assert launched[1][1] <= max(batch, table.PROGRAMS_2 + batch)
+        assert launched[1][1] <= max(batch, plan.PROGRAMS_2 * MULTIPROCESSORS + 2 * batch)
 
 
 @pytest.mark.parametrize("batch", [1, 256, 1024, 4096])
 def test_who_writes_a_label_copies_nothing_where_others_can(launched, batch):
     saliency_graft(meta(batch, 3, 224, 224), features=meta(batch, 2048, 7, 7))
-    function, programs, _, arguments, _ = launched[1]
-    parts = dict(zip(function.arg_names, arguments))["parts"]
-    assert programs == (batch * (parts + 1) if batch < table.PROGRAMS_2 else batch)
-
-
-@pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("address", [0, 1, 2, 4, 8, 24])
-def test_a_chunk_begins_and_ends_on_its_own_multiples(itemsize, address):
-    aligned = table.alignment(address * itemsize)
-    for length in (1, 3, 6, 8, 20, 64):
-        chunk = table.widest_chunk(itemsize, aligned, length)
-        assert chunk <= max(16, itemsize)
-        assert chunk == itemsize or (address * itemsize % chunk == length * itemsize % chunk == 0)
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 8, 13, 56])
-def test_no_window_is_larger_than_its_bound(size):
-    for grid in range(1, size + 1):
-        windows = [-(-(g + 1) * size // grid) - g * size // grid for g in range(grid)]
-        assert max(windows) <= table.window(size, grid)
-    assert table.window(size, size + 1) == 1
-
-
-@pytest.mark.parametrize(
-    ("shape", "grid"),
-    [
-        ((1, 1, 1, 2**16), (1, 2**15)),
-        ((1, 1, 2**16, 1), (2**15, 1)),
-        ((1, 5, 2**13, 2**13), (1, 1)),
-    ],
-)
-def test_images_that_32_bits_do_not_count_have_no_tile(shape, grid):
-    images = meta(*shape)
-    assert operators._tile(images, images, grid) is None
-
-
-def test_strides_that_32_bits_do_not_count_have_no_tile():
-    images, strided = meta(1, 2, 8, 8), meta(1, 2, 2**15, 2**15)[:, :, :8, :8]
-    assert operators._tile(images, images, (1, 1)) is not None
-    assert operators._tile(strided, images, (1, 1)) is None
-    assert operators._tile(images, strided, (1, 1)) is None
-    largest = meta(1, 3, 2**13, 2**13)
-    assert operators._tile(largest, largest, (64, 64)) is not None
-
-
-def test_maps_that_32_bits_do_not_count_are_summed_by_the_reference(launched):
-    for size, grid in (((2**15, 2**15 + 1), (1, 1)), ((2**25, 1), (64, 1)), ((1, 2**25), (1, 64))):
-        assert table.map_too_large(size, grid)
-    assert not table.map_too_large((2**15, 2**15), (64, 64))
-    assert table.map_too_large((7, 7), (65, 64))
-    operators.channel_saliency(meta(1, 1, 2**15, 2**15 + 1))
-    assert launched == []
+    _, programs, _, (_, rows, *_), _ = launched[1]
+    shared = batch < plan.PROGRAMS_2 * MULTIPROCESSORS
+    assert programs == (batch * (rows.parts + 1) if shared else batch)
 
 
 def test_what_is_too_large_runs_on_the_reference(launched, monkeypatch):
@@ -287,17 +268,22 @@ def test_what_is_too_large_runs_on_the_reference(launched, monkeypatch):
     expected = reference.graft(images, mask, index)
     gradient = reference.graft_backward(images, mask, index, 1)
     for name in ("tile", "saliency_graft"):
-        monkeypatch.setattr(table, name, lambda *_: None)
+        monkeypatch.setattr(plan, name, lambda *_: None)
     assert torch.equal(operators.graft(images, mask, index), expected)
     assert torch.equal(operators.graft_backward(images, mask, index, 1), gradient)
-    whole = saliency_graft(
-        images,
-        features=images,
-        seed=torch.tensor([1]),
-        step=None,
-        **{"quantiles": rng.beta_quantiles(1.0), "grid_size": (2, 2)},
-    )
-    assert torch.equal(whole[0], reference.graft(images, whole[3], whole[2]))
+    given = {
+        "features": images,
+        "seed": torch.tensor([1]),
+        "step": None,
+        "quantiles": rng.beta_quantiles(1.0),
+        "grid_size": (2, 2),
+    }
+    whole = saliency_graft(images, **given)
+    expected = reference.graft(images, whole.mask, whole.index)
+    assert torch.equal(whole.images, expected)
+    out = torch.empty_like(images)
+    assert saliency_graft(images, **given, out=out).images.shape == (0,)
+    assert torch.equal(out, expected)
     assert launched == []
 
 
@@ -312,14 +298,23 @@ def test_what_is_too_large_runs_on_the_reference(launched, monkeypatch):
 def test_what_is_too_large_has_no_plan(given, reads, launched, monkeypatch):
     ran = []
     monkeypatch.setattr(
-        reference, "saliency_graft", lambda *_, **__: ran.append(True) or [meta(1)] * 6
+        reference, "saliency_graft", lambda _: ran.append(True) or Outputs(*[meta(1)] * 6)
     )
     saliency_graft(meta(8, 3, 128, 128), **given)
     assert bool(launched) is reads
     assert bool(ran) is not reads
 
 
-@pytest.mark.skipif(not backends.INTERPRETED, reason="no compiled kernel runs on the CPU")
+def test_maps_that_32_bits_do_not_count_are_summed_by_the_reference(launched):
+    for size, grid in (((2**15, 2**15 + 1), (1, 1)), ((2**25, 1), (64, 1)), ((1, 2**25), (1, 64))):
+        assert plan.map_too_large(size, grid)
+    assert not plan.map_too_large((2**15, 2**15), (64, 64))
+    assert plan.map_too_large((7, 7), (65, 64))
+    operators.channel_saliency(meta(1, 1, 2**15, 2**15 + 1))
+    assert launched == []
+
+
+@interpreted
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
 def test_philox_gives_the_known_answers(counter, key, output):
     low, high = hex_words(key)
@@ -341,7 +336,7 @@ def store_words(out, seed, block, row, draw, stream):
 @needs_compiler
 @pytest.mark.parametrize(("norm", "divisions"), [("area", 1), ("l1", 4)])
 def test_lam_is_divided_as_ieee_has_it(norm, divisions):
-    """Approximate division would leave lam of a mask that keeps all short of 1."""
+    """Approximate division would leave lam below 1 for a mask that keeps everything."""
     signature = {"lam": "*fp32", "own": "*fp32", "mask": "*i1", "NORM": "constexpr"}
     source = ASTSource(store_label_ratio, signature, constexprs={"NORM": norm})
     ptx = triton.compile(source, target=HOPPER, options=launch.OPTIONS).asm["ptx"]
@@ -355,14 +350,14 @@ def store_label_ratio(lam, own, mask, NORM: tl.constexpr):
     tl.store(lam, cells.label_ratio(grid, grid, tl.load(mask + cell), cell < count, count, NORM))
 
 
-@pytest.mark.skipif(not backends.INTERPRETED, reason="no compiled kernel runs on the CPU")
+@interpreted
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 224, 641, 2**16, 2**30 + 1, 2**31 - 1])
 def test_a_quotient_is_exact_below_2_to_the_31(divisor):
     most = (2**31 - 1) // divisor * divisor
     numerators = [0, 1, divisor - 1, divisor, most - 1, most, 2**31 - 2, 2**31 - 1]
     out = torch.empty(8, dtype=torch.int32)
     numerator = torch.tensor(numerators, dtype=torch.int32)
-    store_quotients[(1,)](out, numerator, table.reciprocal(divisor))
+    store_quotients[(1,)](out, numerator, plan.reciprocal(divisor))
     assert out.tolist() == [n // divisor for n in numerators]
 
 
@@ -370,54 +365,3 @@ def test_a_quotient_is_exact_below_2_to_the_31(divisor):
 def store_quotients(out, numerator, reciprocal):
     place = tl.arange(0, 8)
     tl.store(out + place, quotient(tl.load(numerator + place), reciprocal))
-
-
-@pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("width", [1, 7, 224, 384, 1040, 5000])
-def test_a_tile_of_any_width_holds_a_line_and_a_chunk(itemsize, channels_last, width):
-    shape = (2, 3, 9, width)
-    image = 27 * width
-    strides = (image, 1, 3 * width, 3) if channels_last else (image, 9 * width, width, 1)
-    for grid, whole, threads in itertools.product((1, 7, 9), (False, True), (32, 128, 1024)):
-        tile = table.tile(
-            2,
-            shape,
-            strides,
-            strides,
-            itemsize,
-            16,
-            (min(9, grid), min(width, grid)),
-            whole,
-            threads,
-        )
-        assert tile.lines >= 1
-        assert tile.chunks >= 1
-        line = 3 * width if tile.channels_last else width
-        assert tile.chunk_count * tile.lanes * tile.unit_bytes == line * itemsize
-        assert tile.tiles * tile.lines * tile.chunks >= tile.line_count * tile.chunk_count
-        assert tile.lines * tile.chunks <= 1024 * 4
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 16])
-def test_a_tile_leaves_as_few_lanes_idle_as_its_shortest_run_of_a_line_allows(chunk):
-    assert table.chunks_across(84, 16, 128) == 32  # 1344 bytes, of 224 pixels in 3 channels
-    for count in range(1, 600):
-        most = min(triton.next_power_of_2(count), 256)
-        found = table.chunks_across(count, chunk, most)
-        powers = [2**bit for bit in range(9) if 2**bit <= most]
-        allowed = [n for n in powers if n * chunk >= table.MIN_RUN] or [most]
-        assert found in allowed
-        assert -count % found == min(-count % n for n in allowed)
-
-
-@pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("cell", [1, 2, 4, 8, 12, 16])
-def test_a_lane_is_the_most_of_a_chunk_that_lies_in_one_cell(itemsize, cell):
-    shape, strides = (2, 3, 16, 16 * cell), (16 * 16 * cell * 3, 16 * 16 * cell, 16 * cell, 1)
-    tile = table.tile(2, shape, strides, strides, itemsize, 16, (16, 16), False, 128)
-    chunk, inside = 16, cell * itemsize & -(cell * itemsize)
-    assert tile.lanes * tile.unit_bytes == chunk
-    assert tile.uniform == (inside >= chunk)
-    assert tile.unit_bytes == min(inside, 8)
-    assert tile.step * itemsize == (chunk if tile.uniform else tile.unit_bytes)
