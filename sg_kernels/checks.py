@@ -1,6 +1,11 @@
 """The tensors that the public functions accept. Errors name the argument and what is accepted."""
 
+import math
 import os
+import sys
+import warnings
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sg_kernels.options import Options, is_int
+from sg_kernels.options import MAX_ROWS, Options, is_int, is_size
 
+LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+"""Where the code lies that is not the user's."""
 DEBUG = os.environ.get("SG_KERNELS_DEBUG", "0") not in ("", "0")
 """Whether values that lie on a GPU are checked too, which costs a sync."""
 
@@ -49,8 +56,9 @@ def check_tensor(
 ) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}; got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor {shape}; got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor {shape}; got {kind}")
     if dims and value.dim() not in dims:
         raise ValueError(f"{name} must be {shape}; got {tuple(value.shape)}")
     if dtypes and value.dtype not in dtypes:
@@ -60,10 +68,26 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device}, like the other tensors; got {value.device}")
 
 
+@lru_cache
+def warn_once(message: str) -> None:
+    """Warns of what is allowed but surely not meant, once per process, at the user's line."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(LIBRARIES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def check_rows(name: str, rows: int, batch: int) -> None:
     """Refuses rows that are not a multiple of the batch, one set per augmentation."""
     if (rows % batch or not rows) if batch else rows:
         raise ValueError(f"{name} must have a multiple of B = {batch} rows; got {rows}")
+
+
+def check_row_count(rows: int, augmentations: int) -> None:
+    if rows > MAX_ROWS:
+        raise ValueError(
+            f"augmentations * B must be at most {MAX_ROWS} rows; got augmentations={augmentations}"
+        )
 
 
 def check_grid_size(name: str, grid_size: tuple[int, int], images: Tensor) -> None:
@@ -91,12 +115,15 @@ def check_images(images: Any, shape: str, *dims: int) -> None:
         raise TypeError(f"images must hold plain numbers; got {images.dtype}")
     if forward_ad.unpack_dual(images).tangent is not None:
         raise TypeError("images must not carry a tangent: there is no forward-mode derivative")
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(images):
+        raise TypeError("images must not be under torch.vmap: give the whole batch instead")
 
 
 def check_out(out: Any, images: Tensor, rows: int, **others: Tensor | None) -> None:
     """Checks ``out`` against the images and the ``others`` that the call reads, by name."""
     check_tensor("out", out, "(n * B, C, H, W)", 4, dtypes=(images.dtype,), device=images.device)
-    if out.is_conj() or out.is_neg():
+    # Dynamo traces neither; a graph that it compiles gives such an out resolved.
+    if not torch.compiler.is_compiling() and (out.is_conj() or out.is_neg()):
         raise TypeError("out must not be a lazy conj() or negation; give it resolved")
     expected = (rows, *images.shape[1:])
     if out.shape != expected:
@@ -128,23 +155,77 @@ def needs_gradient(images: Tensor) -> bool:
     return True
 
 
-def feature_map(features: Any, options: Options, device: torch.device | None = None) -> Tensor:
-    """Checked features as a (B, K, h, w) view, without gradient."""
-    if options.token_grid is None:
-        check_tensor("features", features, "(B, K, h, w)", 4, dtypes=FEATURE_DTYPES, device=device)
-        if options.prefix_tokens:
-            raise ValueError("prefix_tokens goes with token_grid")
-        return features.detach()
-    shape = "(B, N, K) with token_grid"
-    check_tensor("features", features, shape, 3, dtypes=FEATURE_DTYPES, device=device)
-    h, w = options.token_grid
+def feature_map(
+    features: Any,
+    options: Options,
+    device: torch.device | None = None,
+    images: Tensor | None = None,
+) -> Tensor:
+    """Checked features as a (B, K, h, w) view, without gradient.
+
+    ``images``, where there are any, tell whether the map has their proportions.
+    """
+    check_tensor("features", features, "(B, K, h, w) or (B, N, K)", dtypes=FEATURE_DTYPES)
+    if options.token_grid is not None:
+        check_tensor("features", features, "(B, N, K) with token_grid", 3, device=device)
+        return _tokens_as_map(features.detach(), options, images)
+    if features.dim() == 3:
+        raise ValueError(
+            f"features (B, N, K) need token_grid, the (h, w) of the tokens or 'square', and "
+            f"prefix_tokens for those before them; got {tuple(features.shape)}"
+        )
+    check_tensor("features", features, "(B, K, h, w)", 4, device=device)
+    if options.prefix_tokens:
+        raise ValueError("prefix_tokens goes with token_grid")
+    if images is not None:
+        _check_channel_dim(features, options.channel_dim, images)
+    detached = features.detach()
+    return detached if options.channel_dim == 1 else detached.movedim(options.channel_dim, 1)
+
+
+def _check_channel_dim(features: Tensor, channel_dim: int, images: Tensor) -> None:
+    """Refuses a map whose sides do not fit the images where those of another reading do."""
+    other = -1 if channel_dim % 4 == 1 else 1
+    (h, w), (other_h, other_w) = _sides(features, channel_dim), _sides(features, other)
+    height, width = images.shape[2:]
+    # A network rounds each side of its map by less than one cell.
+    fits = abs(h * width - w * height) <= height + width
+    other_fits = abs(other_h * width - other_w * height) <= max(height, width)
+    if not fits and other_fits and min(other_h, other_w, features.shape[other]) > 1:
+        raise ValueError(
+            f"features {tuple(features.shape)} have sides of {h} x {w}, unlike images of "
+            f"{height} x {width}; {other_h} x {other_w} would fit: give channel_dim={other}, or a "
+            "ready map as saliency"
+        )
+
+
+def _sides(features: Tensor, channel_dim: int) -> tuple[int, int]:
+    h, w = (side for dim, side in enumerate(features.shape) if dim not in (0, channel_dim % 4))
+    return h, w
+
+
+def _tokens_as_map(features: Tensor, options: Options, images: Tensor | None) -> Tensor:
+    count, grid = features.shape[1] - options.prefix_tokens, options.token_grid
+    if grid == "square":
+        side = math.isqrt(max(0, count))
+        h, w = side, side
+    elif callable(grid):
+        if images is None:
+            raise ValueError("token_grid must be (h, w) or 'square' where there are no images")
+        size = grid(images)
+        if not is_size(size):
+            raise ValueError(f"token_grid must return (h, w), ints >= 1; got {size!r}")
+        h, w = size
+    else:
+        assert grid is not None
+        h, w = grid
     tokens = options.prefix_tokens + h * w
     if features.shape[1] != tokens:
         raise ValueError(
             f"token_grid {(h, w)} and prefix_tokens {options.prefix_tokens} make {tokens} tokens; "
             f"features has {features.shape[1]}"
         )
-    return features.detach()[:, options.prefix_tokens :].unflatten(1, (h, w)).permute(0, 3, 1, 2)
+    return features[:, options.prefix_tokens :].unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
 
 def ready_map(saliency: Any, options: Options, device: torch.device) -> Tensor:
@@ -166,6 +247,11 @@ def ids_or_rows(
         raise ValueError(f"targets must have B = {batch} rows; got {tuple(targets.shape)}")
     num_classes = options.num_classes
     if targets.dim() == 2:
+        if targets.shape[1] == 1 and num_classes is None and not targets.is_floating_point():
+            raise ValueError(
+                "targets (B, 1) of integers look like class ids: give them as (B,) with "
+                "num_classes, or as float rows"
+            )
         if targets.is_complex():
             raise TypeError(f"targets must be real; got {targets.dtype}")
         if num_classes is not None and num_classes != targets.shape[1]:
@@ -188,9 +274,10 @@ def ids_or_rows(
 def seed_tensor(seed: Any) -> Tensor:
     """A checked seed as int64 (1,)."""
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.is_meta:
             raise ValueError(
-                f"seed must be an int or one int64; got {seed.dtype}, {tuple(seed.shape)}"
+                f"seed must be an int or one int64; got {seed.dtype}, {tuple(seed.shape)} on "
+                f"{seed.device}"
             )
         return seed.reshape(1)
     if not (is_int(seed) and -(1 << 63) <= seed < 1 << 64):

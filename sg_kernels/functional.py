@@ -1,15 +1,23 @@
 """The public functions: each checks its arguments, draws the seed, and calls one operator."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from sg_kernels import backends, checks, ops, rng
 from sg_kernels.call import NORMALIZE, Call, Outputs
-from sg_kernels.options import TYPES, Options, OptionTypes, lists_options, options_of
+from sg_kernels.options import (
+    TYPES,
+    Options,
+    OptionTypes,
+    TokenGrid,
+    lists_options,
+    options_of,
+)
 
 PASSED = [name for name, kind in get_type_hints(Call).items() if TYPES.get(name) == kind]
 """The options that the operator takes as they are; the others are resolved first."""
@@ -79,11 +87,13 @@ def saliency_graft(
         augmentations: n independent draws on one grid from one saliency pass: n * B rows.
         index: the pairing, instead of a drawn permutation: int64 (n * B,), in 0 .. B - 1;
             duplicates are allowed.
-        no_fixed_points: draw a pairing in which no image meets itself; needs B != 1.
+        no_fixed_points: draw a pairing in which no image meets itself, unless it is the only one.
         targets: class ids (B,), any integer dtype, or dense rows (B, num_classes), multi-label too.
         num_classes: the width of the mixed targets; needed for class ids.
         label_smoothing: in [0, 1]; targets become (1 - s) * mixed + s / num_classes.
-        token_grid: (h, w) of the patch tokens when ``features`` is (B, N, K).
+        channel_dim: which dimension of 4-D ``features`` is K; -1 for (B, h, w, K), as of Swin.
+        token_grid: the grid of the patch tokens when ``features`` is (B, N, K): (h, w),
+            ``"square"``, or a function of ``images`` that returns (h, w).
         prefix_tokens: leading tokens to skip, such as CLS and registers.
         generator: where the seed is drawn from; default: torch's own CPU generator.
         seed: instead, the 64-bit seed that decides the whole call: an int, or a one-element int64
@@ -116,7 +126,8 @@ def saliency_graft(
 def channel_saliency(
     features: Tensor,
     *,
-    token_grid: tuple[int, int] | None = None,
+    channel_dim: int = 1,
+    token_grid: TokenGrid = None,
     prefix_tokens: int = 0,
     backend: str | None = None,
 ) -> Tensor:
@@ -125,14 +136,15 @@ def channel_saliency(
     Args:
         features: (B, K, h, w), or tokens (B, N, K) with ``token_grid``; float16, bfloat16, float32
             or float64; any strides.
-        token_grid: (h, w) of the patch tokens.
+        channel_dim: which dimension of 4-D ``features`` is K.
+        token_grid: the grid of the patch tokens, (h, w) or ``"square"``.
         prefix_tokens: leading tokens to skip.
         backend: as in :func:`saliency_graft`.
 
     Returns:
         (B, h, w), float32, in which it is accumulated.
     """
-    options = Options(token_grid=token_grid, prefix_tokens=prefix_tokens)
+    options = Options(channel_dim=channel_dim, token_grid=token_grid, prefix_tokens=prefix_tokens)
     features = checks.feature_map(features, options)
     name = backends.choose(backend, features.device.type)
     return ops.overload("channel_saliency", name)(features)
@@ -224,51 +236,112 @@ def mix_criterion(
     criterion: Callable[[Tensor, Tensor], Tensor],
     logits: Tensor,
     targets: Tensor,
-    result: GraftResult | None,
+    result: GraftResult | tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """The mean of lam * criterion(logits, y_i) + (1 - lam) * criterion(logits, y_j), a scalar.
 
     For criteria that take no dense targets. ``lam`` differs from row to row, so the criterion must
-    give one loss a row.
+    give one loss per row: a function that does, or a module with a ``reduction``, which is called
+    with ``"none"`` and reduced as it would reduce itself. So rows that ``ignore_index`` leaves out
+    do not count, and class weights do.
 
     Args:
-        criterion: called with ``logits`` and a row of targets each; ``reduction="none"``.
+        criterion: called with ``logits`` and one target per row.
         logits: (n * B, ...), of ``result.images``.
         targets: (B, ...), of the images that were grafted, in whatever form ``criterion`` takes.
-        result: of the :func:`saliency_graft` call; None, as a module's is where it mixed nothing,
-            for the mean of criterion(logits, y_i).
+        result: of the :func:`saliency_graft` call, or its (lam, index); None, as a module's is
+            where it mixed nothing, for criterion(logits, y_i).
+
+    Raises:
+        TypeError, ValueError: a bad argument, by its name, or a loss that is not one per row.
     """
-    if not (result is None or isinstance(result, GraftResult)):
-        raise TypeError(f"result must be a GraftResult or None; got {type(result).__name__}")
     if not callable(criterion):
         raise TypeError(f"criterion must be callable; got {type(criterion).__name__}")
     checks.check_tensor("logits", logits, "(n * B, ...)")
     checks.check_tensor("targets", targets, "(B, ...)", device=logits.device)
-
-    def loss(of: Tensor) -> Tensor:
-        found = criterion(logits, of)
-        if found.shape[:1] != logits.shape[:1]:
-            raise ValueError(
-                f"criterion must give one loss a row (reduction='none'), ({len(logits)}, ...); "
-                f"got {tuple(found.shape)}"
-            )
-        return found
-
-    if logits.dim() == 0 or (result is not None and logits.shape[:1] != result.lam.shape):
-        expected = "one row an image" if result is None else f"{len(result.lam)} rows, as result"
-        raise ValueError(f"logits must have {expected}; got {tuple(logits.shape)}")
-    batch = logits.shape[0] if result is None else result.saliency.shape[0]
-    if targets.shape[:1] != (batch,):
-        raise ValueError(f"targets must have B = {batch} rows; got {tuple(targets.shape)}")
+    per_row, reduction = _per_row(criterion)
     if result is None:
-        return loss(targets).mean()
-    checks.check_tensor("result", result.lam, "of the same call", device=logits.device)
-    own = targets.repeat(len(logits) // max(batch, 1), *[1] * (targets.dim() - 1))
-    # Where an index is out of range lam is NaN, so any row will do.
-    other = targets[result.index.clamp(0, max(batch - 1, 0))]
-    loss_own, loss_other = loss(own), loss(other)
-    lam = result.lam.reshape(-1, *[1] * (loss_own.dim() - 1))
-    return (lam * loss_own + (1 - lam) * loss_other).mean()
+        _check_row_counts(logits, targets, None, None)
+        loss, weight = _losses(criterion, per_row, logits, targets)
+    else:
+        lam, index = _lam_and_index(result, logits.device)
+        batch = len(result.saliency) if isinstance(result, GraftResult) else None
+        _check_row_counts(logits, targets, len(lam), batch)
+        batch = len(targets)
+        own = targets.repeat(len(logits) // max(batch, 1), *[1] * (targets.dim() - 1))
+        # Where an index is out of range lam is NaN, so any row will do.
+        other = targets[index.clamp(0, max(batch - 1, 0))]
+        own_loss, own_weight = _losses(criterion, per_row, logits, own)
+        other_loss, other_weight = _losses(criterion, per_row, logits, other)
+        lam = lam.reshape(-1, *[1] * (own_loss.dim() - 1))
+        loss = lam * own_loss + (1 - lam) * other_loss
+        weight = lam * own_weight + (1 - lam) * other_weight
+    return loss.sum() if reduction == "sum" else loss.sum() / weight.expand_as(loss).sum()
+
+
+def _per_row(criterion: Any) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
+    """The criterion without its reduction, and that reduction."""
+    reduction = getattr(criterion, "reduction", None)
+    if not isinstance(criterion, nn.Module) or reduction not in ("mean", "sum"):
+        return criterion, "mean"
+    per_row: Any = copy.copy(criterion)
+    per_row.reduction = "none"
+    return per_row, str(reduction)
+
+
+def _losses(
+    criterion: Any,
+    per_row: Callable[[Tensor, Tensor], Tensor],
+    logits: Tensor,
+    targets: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row, and what each counts in the mean."""
+    loss = per_row(logits, targets)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"criterion must return a tensor; got {type(loss).__name__}")
+    if loss.shape[:1] != logits.shape[:1]:
+        raise ValueError(
+            f"criterion must give one loss a row (reduction='none'), ({len(logits)}, ...); "
+            f"got {tuple(loss.shape)}"
+        )
+    ids = not (targets.is_floating_point() or targets.is_complex())
+    if not (ids and isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss))):
+        return loss, torch.ones_like(loss)
+    counts = targets != criterion.ignore_index
+    if criterion.weight is None:
+        return loss, counts.to(loss.dtype)
+    return loss, criterion.weight[torch.where(counts, targets, 0)] * counts
+
+
+def _lam_and_index(result: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    if isinstance(result, GraftResult):
+        lam, index = result.lam, result.index
+    elif isinstance(result, tuple) and len(result) == 2:
+        lam, index = result
+    else:
+        raise TypeError(
+            f"result must be a GraftResult, (lam, index) or None; got {type(result).__name__}"
+        )
+    checks.check_tensor("result: lam", lam, "(n * B,)", 1, device=device)
+    checks.check_tensor("result: index", index, "(n * B,)", 1, device=device)
+    return lam, index
+
+
+def _check_row_counts(logits: Tensor, targets: Tensor, rows: int | None, batch: int | None) -> None:
+    """``rows`` of the result, and its ``batch``; None where they are what the tensors say."""
+    if logits.dim() == 0 or (rows is not None and len(logits) != rows):
+        expected = "one row per image" if rows is None else f"{rows} rows, as result has"
+        raise ValueError(f"logits must have {expected}; got {tuple(logits.shape)}")
+    count, given = len(logits), len(targets) if targets.dim() else 0
+    if rows is None:
+        fits, expected = given == count, f"{count} rows, as logits has"
+    elif batch is not None:
+        fits, expected = given == batch, f"B = {batch} rows, as the images of result"
+    else:
+        fits = given == count or (given > 0 and count % given == 0)
+        expected = f"B rows, where n * B = {rows}"
+    if not fits:
+        raise ValueError(f"targets must have {expected}; got {tuple(targets.shape)}")
 
 
 class Tensors(NamedTuple):
@@ -330,26 +403,36 @@ def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
     images, _, _, index, targets, out = tensors
     checks.check_images(images, "(B, C, H, W)", 4)
     batch, device = images.shape[0], images.device
-    features, saliency = _check_evidence(options, tensors)
-    source = saliency if features is None else features
+    name, source = _check_evidence(options, tensors)
+    features, saliency = (source, None) if name == "features" else (None, source)
     sizes = options.sizes((source.shape[-2], source.shape[-1]))
     for size in sizes:
         checks.check_grid_size("grid_size", size, images)
         if options.k is not None and options.k > size[0] * size[1]:
             raise ValueError(f"k must be at most the cells of the grid, {size}; got {options.k}")
+    if not torch.compiler.is_compiling() and (1, 1) in sizes:
+        _warn_of_one_cell(name, source)
     rows = options.augmentations * batch
+    checks.check_row_count(rows, options.augmentations)
     if index is not None:
         if options.no_fixed_points:
             raise ValueError("no_fixed_points draws the pairing; it excludes index")
         checks.check_index(index, rows, batch, device)
-    elif options.no_fixed_points and batch == 1:
-        raise ValueError("no_fixed_points needs B != 1: a single image has no other to meet")
     num_classes = 0
     if targets is not None:
         targets, num_classes = checks.ids_or_rows(targets, options, batch, device)
     if out is not None:
-        others = {"features": features, "saliency": saliency, "index": index, "targets": targets}
-        checks.check_out(out, images, rows, **others)
+        checks.check_out(
+            out,
+            images,
+            rows,
+            features=features,
+            saliency=saliency,
+            index=index,
+            targets=targets,
+            seed=randomness.source if isinstance(randomness.source, Tensor) else None,
+            step=randomness.step,
+        )
     differentiable = checks.needs_gradient(images)
     backend = backends.choose(options.backend, device.type)
     _check_randomness(randomness, device, len(sizes))
@@ -357,14 +440,14 @@ def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
     return Plan(checked, sizes, num_classes, backend, differentiable)
 
 
-def _check_evidence(options: Options, tensors: Tensors) -> tuple[Any, Any]:
-    """The features or the ready map, checked; the other is None."""
+def _check_evidence(options: Options, tensors: Tensors) -> tuple[str, Tensor]:
+    """Which of features and saliency is given, and that one, checked."""
     images, features, saliency = tensors[:3]
     if (features is None) == (saliency is None):
         given = "both" if saliency is not None else "neither"
         raise ValueError(f"give one of features and saliency; got {given}")
     if features is not None:
-        name, evidence = "features", checks.feature_map(features, options, images.device)
+        name, evidence = "features", checks.feature_map(features, options, images.device, images)
     else:
         name, evidence = "saliency", checks.ready_map(saliency, options, images.device)
     shape = tuple(evidence.shape)
@@ -372,7 +455,15 @@ def _check_evidence(options: Options, tensors: Tensors) -> tuple[Any, Any]:
         raise ValueError(f"{name} must have the B = {images.shape[0]} of images; got {shape}")
     if not (shape[-2] and shape[-1]):
         raise ValueError(f"{name} must have at least one cell; got {shape}")
-    return (evidence, None) if features is not None else (None, evidence)
+    return name, evidence
+
+
+def _warn_of_one_cell(name: str, source: Tensor) -> None:
+    checks.warn_once(
+        f"{name} {tuple(source.shape)} give a grid of one cell, which is constant: nothing can be "
+        "grafted, and every row is another whole image. Tap an earlier layer, whose map is larger "
+        "at this image size, or check grid_size"
+    )
 
 
 def _check_randomness(randomness: Randomness, device: torch.device, sizes: int) -> None:
@@ -402,9 +493,12 @@ def draw(options: Options, plan: Plan, randomness: Randomness) -> Call:
         tables = ops if checks.has_values(images) else torch.ops.sg_kernels
         quantiles = tables.quantiles(options.alpha, images.device)
     gh, gw = grid_size
+    passed = {name: getattr(options, name) for name in PASSED}
+    if plan.tensors.images.shape[0] == 1:
+        passed["no_fixed_points"] = False  # the only image can but meet itself
     return Call(
         **plan.tensors._asdict(),
-        **{name: getattr(options, name) for name in PASSED},
+        **passed,
         seed=seed,
         step=randomness.step,
         rank=randomness.rank,

@@ -1,14 +1,15 @@
 """Saliency Grafting as a module of a training loop."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
-from sg_kernels import checks, functional, ops, rng
+from sg_kernels import backends, checks, functional, ops, rng
 from sg_kernels.functional import Randomness, Tensors
 from sg_kernels.options import (
     DEFAULTS,
@@ -22,16 +23,20 @@ from sg_kernels.options import (
 )
 from sg_kernels.tap import Tap
 
+MAX_RANK = 2**31 - 1
+"""Of the streams, which the kernels count in 32 bits."""
+
 
 class SaliencyGraft(nn.Module):
     """Grafts a batch and mixes its targets: ``mixed, targets = mixer(images, targets)``.
 
-    In training mode it mixes; in ``.eval()`` and at ``prob=0`` it returns its inputs. The arguments
-    that are not listed here are the options of :func:`sg_kernels.saliency_graft`.
+    In training mode it mixes; in ``.eval()`` it returns its inputs. The arguments that are not
+    listed here are the options of :func:`sg_kernels.saliency_graft`.
 
     The randomness is two buffers, ``seed`` and ``step``. Each call advances ``step``, so a
-    state_dict resumes exactly. Under torch.distributed each rank draws its own stream from the same
-    seed. The module must be on the device of the images.
+    state_dict resumes exactly; a checkpoint without them loads and leaves them as they are. Under
+    torch.distributed each rank draws its own stream. The module must be on the device of the
+    images, and outside of what activation checkpointing recomputes.
 
     The features come from the tapped layer, in a forward pass of the clean images before each call.
     A network in ``.train()`` treats that pass as any other: BatchNorm updates its statistics, and
@@ -51,13 +56,19 @@ class SaliencyGraft(nn.Module):
             pass counts, in either mode, and the last one before the call is taken for the clean
             images: for a layer of another network, such as a frozen teacher, and for a layer that
             is in ``.eval()`` during the clean pass.
-        prob: the probability that a call grafts. A call that does not has lam = 1.
+        prob: the probability that a call grafts; settable. A call that does not has lam = 1, and
+            needs no clean pass: see :meth:`needs_pass`.
         warmup_epochs: the epochs, from 0, in which nothing is grafted, because an untrained network
             has no salient features; see :meth:`set_epoch`.
         seed: a 64-bit int, or an int64 tensor of one element, which is copied; default: drawn from
-            torch's own CPU generator.
+            torch's own CPU generator, on each rank from its own.
+        rank: the stream that this process draws; default: its rank under torch.distributed. Ranks
+            that share a batch, as in tensor parallelism, must give the same rank and seed.
+        group: instead, the process group in which this process's rank is its stream, such as the
+            data-parallel one.
 
     Attributes:
+        temperature: the option of that name; settable.
         result: the :class:`sg_kernels.GraftResult` of the last call, its images detached; None
             where nothing was mixed: in ``.eval()``, in the warm-up and at ``prob=0``. It keeps that
             batch in memory until the next call, or until it is set to None.
@@ -79,12 +90,15 @@ class SaliencyGraft(nn.Module):
         prob: float = 1.0,
         warmup_epochs: int = 0,
         seed: int | Tensor | None = None,
+        rank: int | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
         **options: Unpack[OptionTypes],
     ) -> None:
         super().__init__()
         self.options = options_of("SaliencyGraft", options)
+        if self.options.backend is not None:
+            backends.check_name("backend", self.options.backend)
         check_bool("mixed_pass", mixed_pass)
-        check_probability("prob", prob)
         check_int("warmup_epochs", warmup_epochs, 0)
         if not (to_features is None or callable(to_features)):
             raise TypeError(f"to_features must be callable; got {type(to_features).__name__}")
@@ -94,9 +108,12 @@ class SaliencyGraft(nn.Module):
         self.mixed_pass = mixed_pass
         self.prob = prob
         self.warmup_epochs = warmup_epochs
+        self.rank = _checked_rank(rank, group)
         # A bool: torch.compile would recompile for every epoch number.
         self._warming_up = warmup_epochs > 0
-        start = ops.draw_seed() if seed is None else checks.seed_tensor(seed)
+        self._epoch_was_set = False
+        self._given_seed = None if seed is None else checks.seed_tensor(seed).cpu().clone()
+        start = ops.draw_seed() if self._given_seed is None else self._given_seed
         step = torch.zeros(1, dtype=torch.int64)
         self.register_buffer("seed", start.to(step.device, copy=True))
         self.register_buffer("step", step)
@@ -121,42 +138,100 @@ class SaliencyGraft(nn.Module):
 
         ``features`` or ``saliency``, as in :func:`sg_kernels.saliency_graft`, take precedence over
         the tapped layer. Returns the mixed images and targets, float32 (rows, num_classes), or None
-        without targets. During the warm-up the images are returned as they are, and the targets
-        unmixed but in the same form. :attr:`result` keeps the rest.
+        without targets. In training mode the targets always have that form: in the warm-up and at
+        ``prob=0`` they are unmixed, and the images are returned as they are. :attr:`result` keeps
+        the rest.
 
         Raises:
             TypeError, ValueError: as :func:`sg_kernels.saliency_graft` does; also where the module
                 is not on the device of ``images``, or the layer returned no tensor.
-            RuntimeError: the call is made in a DataLoader's worker, the layer has seen no pass
-                since the last call, or its output was changed in place. A call that raises spends
-                neither the pass nor a step.
+            RuntimeError: the call is made in a DataLoader's worker or while activation
+                checkpointing recomputes, the layer has seen no pass since the last call, or its
+                output was changed in place. A call that raises spends neither the pass nor a step.
         """
-        if not self.training or self.prob == 0:
+        if not self.training:
             self.result = None
             return images, targets
         self._check_place(images)
-        if self._warming_up:
-            self.result = None
-            return images, self._unmixed(images, targets)
+        if self._warming_up or self.prob == 0:
+            return self._unmixed(images, targets)
         if features is None and saliency is None:
+            if self._tap is not None and self._tap.features is None and not self.needs_pass():
+                unmixed = self._unmixed(images, targets, self.options.augmentations)
+                self.step += 1
+                self._spend()
+                return unmixed
             features = self._tapped_features(images)
-        rank = _rank()
+        rank = self._stream()
         tensors = Tensors(images, features, saliency, targets=targets)
         randomness = Randomness(
             self.seed, self.step, rank, lambda: self._host_call_seed(rank), self.prob
         )
         result = functional.run(self.options, tensors, randomness)
-        if self._host_state is not None:
-            self._host_state = (self._host_state[0], self._host_state[1] + 1)
-        if self._tap is not None:
-            self._tap.spend()
+        self._spend()
         self.result = result._replace(images=result.images.detach())
         return result.images, result.targets
+
+    @property
+    def prob(self) -> float:
+        return self._prob
+
+    @prob.setter
+    def prob(self, value: float) -> None:
+        check_probability("prob", value)
+        self._prob = value
+
+    @property
+    def temperature(self) -> float:
+        return self.options.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.options = dataclasses.replace(self.options, temperature=value)
+
+    def needs_pass(self) -> bool:
+        """Whether the next call grafts, and so needs the features of a clean pass.
+
+        False in ``.eval()``, in the warm-up, at ``prob=0``, and where the coin of ``prob`` says no.
+        It is the coin of the call itself, so asking changes no draw. Ask outside of what
+        torch.compile compiles; on a GPU the first answer costs a sync.
+        """
+        if not self.training or self._warming_up or self.prob == 0:
+            return False
+        if self.prob == 1 or torch.compiler.is_compiling():
+            return True
+        seed = self._host_call_seed(self._stream())
+        coins = (
+            rng.philox(0, 0, draw, rng.Stream.KEEP_PROB, seed)[1]
+            for draw in range(self.options.augmentations)
+        )
+        return any(coin < int(self.prob * rng.ONE) for coin in coins)
+
+    def reset(self) -> None:
+        """Forgets the passes seen so far: after a batch whose mixed pass was skipped."""
+        if self._tap is not None:
+            self._tap.reset()
+
+    def reset_parameters(self) -> None:
+        """Starts the draws anew, as ``to_empty()`` requires: at the given seed, or a fresh one."""
+        self.seed.copy_(ops.draw_seed() if self._given_seed is None else self._given_seed)
+        self.step.zero_()
+        self._host_state = None
+
+    def train(self, mode: bool = True) -> Self:
+        again = mode and not self.training
+        if again and self._warming_up and not self._epoch_was_set:
+            checks.warn_once(
+                "SaliencyGraft(warmup_epochs=...) grafts nothing until set_epoch says that the "
+                "warm-up is over: call set_epoch(epoch) at the start of each epoch"
+            )
+        return super().train(mode)
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch, from 0, the next calls belong to."""
         check_int("epoch", epoch, 0)
         self._warming_up = epoch < self.warmup_epochs
+        self._epoch_was_set = True
 
     def untap(self) -> None:
         """Takes the hook off the layer again."""
@@ -171,8 +246,11 @@ class SaliencyGraft(nn.Module):
             ("prob", self.prob, 1.0),
             ("mixed_pass", self.mixed_pass, True),
             ("warmup_epochs", self.warmup_epochs, 0),
+            ("rank", self.rank, None),
         ]
-        return ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
+        given = [f"{name}={value!r}" for name, value, default in values if value != default]
+        tapped = [] if self._tap is None else [f"layer={self._tap.layer_name}"]
+        return ", ".join(tapped + given)
 
     def hold(self, tap: Tap) -> None:
         """Takes features from ``tap``, as a copied layer's hook asks of the copied module."""
@@ -187,14 +265,31 @@ class SaliencyGraft(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "result": None, "_tap": None}
 
+    def _spend(self) -> None:
+        """Counts a call that has advanced the step."""
+        if self._host_state is not None:
+            self._host_state = (self._host_state[0], self._host_state[1] + 1)
+        if self._tap is not None:
+            self._tap.spend()
+
+    def _stream(self) -> int:
+        return _rank() if self.rank is None else self.rank
+
     def _check_place(self, images: Tensor) -> None:
-        """Refuses a DataLoader's worker, and another device than the module's."""
-        if not torch.compiler.is_compiling() and get_worker_info() is not None:
-            raise RuntimeError(
-                "SaliencyGraft runs in the main process: its copies in a DataLoader's workers "
-                "would all draw the same; call saliency_graft there, which draws from torch's "
-                "generator"
-            )
+        """Refuses a DataLoader's worker, a recomputation, and another device than the module's."""
+        if not torch.compiler.is_compiling():
+            if get_worker_info() is not None:
+                raise RuntimeError(
+                    "SaliencyGraft runs in the main process: its copies in a DataLoader's workers "
+                    "would all draw the same; call saliency_graft there, which draws from torch's "
+                    "generator"
+                )
+            if torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    "SaliencyGraft was called during a backward pass, as activation checkpointing "
+                    "does to recompute: it would draw anew. Call it outside of the checkpointed "
+                    "part"
+                )
         device = self.step.device
         if isinstance(images, Tensor) and images.device != device:
             raise ValueError(
@@ -202,21 +297,25 @@ class SaliencyGraft(nn.Module):
                 f"call .to({str(images.device)!r}) on the module"
             )
 
-    def _unmixed(self, images: Tensor, targets: Tensor | None) -> Tensor | None:
+    def _unmixed(
+        self, images: Tensor, targets: Tensor | None, copies: int = 1
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a call returns that grafts nothing, with targets in the form of any other call."""
+        self.result = None
         checks.check_tensor("images", images, "(B, C, H, W)", 4)
-        if targets is None:
-            return None
         options, batch = self.options, images.shape[0]
-        checks.ids_or_rows(targets, options, batch, images.device)
-        rows = torch.arange(batch, device=images.device)
-        return functional.mix_targets(
-            targets,
-            torch.ones_like(rows, dtype=torch.float32),
-            rows,
-            options.num_classes,
-            options.label_smoothing,
-            backend=options.backend,
-        )
+        if targets is not None:
+            checks.ids_or_rows(targets, options, batch, images.device)
+            rows = torch.arange(batch, device=images.device).repeat(copies)
+            targets = functional.mix_targets(
+                targets,
+                torch.ones_like(rows, dtype=torch.float32),
+                rows,
+                options.num_classes,
+                options.label_smoothing,
+                backend=options.backend,
+            )
+        return images if copies == 1 else images.repeat(copies, 1, 1, 1), targets
 
     def _tapped_features(self, images: Tensor) -> Tensor:
         checks.check_tensor("images", images, "(B, C, H, W)", 4)
@@ -238,12 +337,33 @@ class SaliencyGraft(nn.Module):
             self._host_state = int(self.seed), int(self.step)
         return int(rng.call_seed(*self._host_state, rank))
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        # A network's checkpoint may be older than its use of this module.
+        for key in (f"{prefix}seed", f"{prefix}step"):
+            if key in missing:
+                missing.remove(key)
+
 
 def _resume(module: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(module, SaliencyGraft)
     module._host_state = None
     if module._warming_up and not module.step.is_meta:
         module._warming_up = module.step.item() == 0  # calls of the warm-up do not advance it
+
+
+def _checked_rank(rank: Any, group: Any) -> int | None:
+    if group is not None:
+        if rank is not None:
+            raise ValueError("rank and group exclude each other; give one of them")
+        rank = torch.distributed.get_rank(group)
+        if rank < 0:
+            raise ValueError("group must contain this process")
+    if rank is not None:
+        check_int("rank", rank, 0, MAX_RANK)
+    return rank
 
 
 def _rank() -> int:

@@ -8,6 +8,7 @@ The operators trust their arguments: :mod:`sg_kernels.functional` checks them fi
 """
 
 import importlib
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
@@ -137,8 +138,10 @@ def _fake_quantiles(alpha: float, device: torch.device) -> Tensor:
     return torch.empty(rng.QUANTILE_BINS + 1, dtype=torch.int64, device=device)
 
 
-_tables: dict[tuple[float, torch.device], Tensor] = {}
-"""Never emptied: a captured CUDA graph may point at any of them."""
+MAX_TABLES = 64
+"""Tables of p kept on the CPU, 8 KiB each: a schedule of alpha makes one for every value."""
+_tables: OrderedDict[tuple[float, torch.device], Tensor] = OrderedDict()
+"""The most recently used last."""
 
 
 def quantiles(alpha: float, device: torch.device) -> Tensor:
@@ -152,7 +155,17 @@ def quantiles(alpha: float, device: torch.device) -> Tensor:
         table = torch.func.debug_unwrap(rng.beta_quantiles(alpha).to(device))
         if type(table) is Tensor:  # a mode that traces makes fake ones
             _tables[key] = table
+            _forget_tables()
+    elif device.type == "cpu":
+        _tables.move_to_end(key)
     return table
+
+
+def _forget_tables() -> None:
+    # Only those on the CPU: a captured CUDA graph may point at any of the others.
+    on_cpu = [key for key in _tables if key[1].type == "cpu"]
+    for key in on_cpu[:-MAX_TABLES]:
+        del _tables[key]
 
 
 # A clone: compilers own an operator's output, and may write to it.

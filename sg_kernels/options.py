@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeGuard, TypeVar, get_t
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sg_kernels.call import NORM, NORMALIZE
 
@@ -21,6 +22,14 @@ Label = Literal["saliency", "area"]
 Norm = Literal["l1", "l2", "l2sq"]
 GridSize = tuple[int, int] | Sequence[tuple[int, int]] | None
 Threshold = float | Literal["mean"]
+TokenGrid = tuple[int, int] | Literal["square"] | Callable[[Tensor], tuple[int, int]] | None
+
+TEMPERATURES = 1e-38, 1e38
+"""Between these, float32 holds a number and its reciprocal."""
+ALPHAS = 0.0, 1e6
+"""Above, p is 1/2 to three digits: keep_prob=0.5 says so more plainly."""
+MAX_ROWS = 2**31 - 1
+"""Of rows and of classes, which the kernels count in 32 bits."""
 
 Check = Callable[[str, Any], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -47,9 +56,11 @@ def check_probability(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number in [0, 1]; got {value!r}")
 
 
-def check_int(name: str, value: Any, least: int) -> None:
+def check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
     if not (is_int(value) and value >= least):
         raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}; got {value!r}")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -57,9 +68,16 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool; got {value!r}")
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if not (is_number(value) and 0 < value < math.inf):
-        raise ValueError(f"{name} must be a finite number > 0; got {value!r}")
+def _positive(least: float, most: float) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not (is_number(value) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a finite number > 0; got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least:g}; got {value!r}")
+        if value > most:
+            raise ValueError(f"{name} must be at most {most:g}; got {value!r}")
+
+    return check
 
 
 def _check_threshold(name: str, value: Any) -> None:
@@ -76,9 +94,17 @@ def _check_grid_size(name: str, value: Any) -> None:
         )
 
 
+def _check_channel_dim(name: str, value: Any) -> None:
+    if not (is_int(value) and value in (1, 2, 3, -1, -2, -3)):
+        raise ValueError(f"{name} must be 1, 2, 3, -1, -2 or -3; got {value!r}")
+
+
 def _check_token_grid(name: str, value: Any) -> None:
-    if not is_size(value):
-        raise ValueError(f"{name} must be (h, w), ints >= 1; got {value!r}")
+    if not (is_size(value) or (isinstance(value, str) and value == "square") or callable(value)):
+        raise ValueError(
+            f"{name} must be (h, w), ints >= 1, 'square', or a function of the images; "
+            f"got {value!r}"
+        )
 
 
 def _one_of(*names: str) -> Check:
@@ -91,8 +117,8 @@ def _one_of(*names: str) -> Check:
     return check
 
 
-def _at_least(least: int) -> Check:
-    return lambda name, value: check_int(name, value, least)
+def _at_least(least: int, most: int | None = None) -> Check:
+    return lambda name, value: check_int(name, value, least, most)
 
 
 def _or_none(check: Check) -> Check:
@@ -103,21 +129,22 @@ def _or_none(check: Check) -> Check:
 class Options:
     """The options of a call, checked."""
 
-    temperature: Annotated[float, _check_positive] = 0.2
+    temperature: Annotated[float, _positive(*TEMPERATURES)] = 0.2
     normalize: Annotated[Normalize, _one_of(*NORMALIZE)] = "max"
     threshold: Annotated[Threshold, _check_threshold] = "mean"
     grid_size: Annotated[GridSize, _or_none(_check_grid_size)] = None
-    alpha: Annotated[float, _check_positive] = 1.0
+    alpha: Annotated[float, _positive(*ALPHAS)] = 1.0
     keep_prob: Annotated[float | None, _or_none(check_probability)] = None
     selection: Annotated[Selection, _one_of("bernoulli", "topk")] = "bernoulli"
     k: Annotated[int | None, _or_none(_at_least(1))] = None
     label: Annotated[Label, _one_of("saliency", "area")] = "saliency"
     norm: Annotated[Norm, _one_of("l1", "l2", "l2sq")] = "l1"
-    augmentations: Annotated[int, _at_least(1)] = 1
+    augmentations: Annotated[int, _at_least(1, MAX_ROWS)] = 1
     no_fixed_points: Annotated[bool, check_bool] = False
-    num_classes: Annotated[int | None, _or_none(_at_least(1))] = None
+    num_classes: Annotated[int | None, _or_none(_at_least(1, MAX_ROWS))] = None
     label_smoothing: Annotated[float, check_probability] = 0.0
-    token_grid: Annotated[tuple[int, int] | None, _or_none(_check_token_grid)] = None
+    channel_dim: Annotated[int, _check_channel_dim] = 1
+    token_grid: Annotated[TokenGrid, _or_none(_check_token_grid)] = None
     prefix_tokens: Annotated[int, _at_least(0)] = 0
     backend: str | None = None
     """Checked by backends.choose, as what can run depends on the tensors of a call."""
@@ -155,7 +182,8 @@ class OptionTypes(TypedDict, total=False):
     no_fixed_points: bool
     num_classes: int | None
     label_smoothing: float
-    token_grid: tuple[int, int] | None
+    channel_dim: int
+    token_grid: TokenGrid
     prefix_tokens: int
     backend: str | None
 

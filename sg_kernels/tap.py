@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sg_kernels.checks import warn_once
+
 
 class Owner(Protocol):
     """What a tap asks of the module that it serves."""
@@ -20,6 +22,29 @@ class Owner(Protocol):
     def hold(self, tap: "Tap") -> None: ...
 
 
+COMPILED_EARLIER = (
+    "What torch.compile compiled before the layer was tapped does not see the tap: tap it first, "
+    "or set torch._dynamo.config.skip_nnmodule_hook_guards = False before compiling"
+)
+NOT_SEEN = {
+    "no pass": (
+        f"it has not run since it was tapped: run the network on them before each call. "
+        f"{COMPILED_EARLIER}"
+    ),
+    "eval": (
+        "its last pass was in eval mode, which does not count: make the clean pass in training "
+        "mode, or give mixed_pass=False"
+    ),
+    "spent": "it has not run since the last call: run the network on them before each call",
+    "mixed": (
+        "its last pass was taken for that of the last call's mixed images: make a clean pass "
+        "before each call and, where a batch's mixed pass is skipped, call reset(). A layer that "
+        "does not see the mixed images needs mixed_pass=False"
+    ),
+}
+"""Why there are no features, and what to do."""
+
+
 class Tap:
     """A forward hook. The layer does not keep the owner alive, nor the owner the layer."""
 
@@ -30,8 +55,19 @@ class Tap:
         """What the layer returned in the last clean pass; None once a call has used it."""
         self._version: int | None = None
         self._mixed_pass_is_next = False
+        self._not_seen = "no pass"
+        self.layer_name = ""
+
+    @property
+    def __name__(self) -> str:
+        # torch.jit.script asks a hook for its name, and cannot compile this one.
+        raise RuntimeError(
+            "torch.jit.script cannot compile a network whose layer SaliencyGraft taps: call its "
+            "untap() first"
+        )
 
     def attach(self, layer: nn.Module) -> None:
+        self.layer_name = type(layer).__name__
         self.removed_by(layer.register_forward_hook(self))
 
     def removed_by(self, handle: RemovableHandle) -> None:
@@ -49,12 +85,19 @@ class Tap:
             return
         if owner.mixed_pass:
             if not layer.training:
+                self._not_seen = "eval"
                 return
             if self._mixed_pass_is_next:
-                self._mixed_pass_is_next = False
+                self._mixed_pass_is_next, self._not_seen = False, "mixed"
                 return
         if not owner.wants_features():
             return
+        if owner.mixed_pass and self.features is not None and not torch.compiler.is_compiling():
+            warn_once(
+                "layer has run twice since the last call, and the later output is used. Make one "
+                "clean pass per call; a layer that runs several times a pass cannot be tapped, "
+                "but its features can be given with each call"
+            )
         if owner.to_features is not None:
             output = owner.to_features(output)
         if isinstance(output, Tensor):
@@ -65,29 +108,20 @@ class Tap:
 
     def features_of(self, images: Tensor) -> Tensor:
         """The layer's features of these images, which its last clean pass must have seen."""
-        features, owner = self.features, self._owner()
+        features = self.features
         if features is None:
-            assert owner is not None
-            raise RuntimeError(
-                "layer has seen no pass of these images: before each call run the network on them, "
-                "in training mode; the pass after a call is taken for that of the mixed images. "
-                "A layer in eval mode, or one that does not see the mixed images, needs "
-                "mixed_pass=False. What torch.compile compiled before the layer was tapped does "
-                "not see the tap"
-                if owner.mixed_pass
-                else "layer has seen no pass of these images: run its network on them before each "
-                "call. What torch.compile compiled before the layer was tapped does not see the tap"
-            )
+            reason = NOT_SEEN[self._not_seen]
+            raise RuntimeError(f"layer has seen no pass of these images: {reason}")
         if not isinstance(features, Tensor):
             raise TypeError(
-                f"layer must return a tensor; got {type(features).__name__}, of which to_features "
-                "must make one"
+                f"layer must return a tensor; got {type(features).__name__}: make one of it with "
+                "to_features"
             )
         version = _version(features)
         if version is not None and self._version is not None and version != self._version:
             raise RuntimeError(
                 "layer: its output was changed in place after its pass, as nn.ReLU(inplace=True) "
-                "does; make that operation out of place, tap a layer after it, or give features"
+                "does: give to_features=torch.clone, or tap a layer after that operation"
             )
         if features.shape[0] != images.shape[0]:
             raise ValueError(
@@ -99,15 +133,21 @@ class Tap:
     def spend(self) -> None:
         """A call has mixed: its features are used, and the next pass sees the mixed images."""
         self.features = None
-        self._mixed_pass_is_next = True
+        self._mixed_pass_is_next, self._not_seen = True, "spent"
+
+    def reset(self) -> None:
+        """Starts anew with a clean pass."""
+        self.features = None
+        self._mixed_pass_is_next, self._not_seen = False, "no pass"
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # A copied hook serves the copied owner, and is removed with it if nobody else holds that.
-        return _copied, (self._owner(), self._handle)
+        return _copied, (self._owner(), self._handle, self.layer_name)
 
 
-def _copied(owner: Owner, handle: RemovableHandle) -> Tap:
+def _copied(owner: Owner, handle: RemovableHandle, layer_name: str) -> Tap:
     tap = Tap(owner)
+    tap.layer_name = layer_name
     tap.removed_by(handle)
     owner.hold(tap)
     return tap

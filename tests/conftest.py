@@ -9,7 +9,7 @@ import truth
 from ferry import ferried
 
 import sg_kernels
-from sg_kernels import backends, ops
+from sg_kernels import backends, checks, ops
 
 # csrc/cuda emulated on the CPU (tests/emulation), before the tests ask which backends there are.
 if emulation := os.environ.get("SG_KERNELS_EMULATION"):
@@ -97,6 +97,11 @@ def backend(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_warned_of_yet():
+    checks.warn_once.cache_clear()
 
 
 @pytest.fixture

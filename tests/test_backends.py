@@ -198,6 +198,7 @@ def test_a_library_that_does_not_load_is_reported_and_not_used(tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("('reference',)")
     assert "built, but does not load" in process.stderr
+    assert "libsg_kernels_cpu.so: file too short" in process.stderr
 
 
 @pytest.mark.skipif(not COMPILED, reason="needs a compiled backend")

@@ -2,14 +2,17 @@
 
 import inspect
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import sg_kernels
 from sg_kernels import (
+    GraftResult,
     SaliencyGraft,
     channel_saliency,
     graft,
@@ -54,6 +57,7 @@ OPTIONS = {
     "no_fixed_points": [None, 1, "yes"],
     "num_classes": [*NOT_INTS, 0, -1],
     "label_smoothing": [*NOT_NUMBERS, -0.1, 1.1, math.nan],
+    "channel_dim": [None, *NOT_INTS, 0, 4, -4],
     "token_grid": [3, (3,), (0, 5), (1.0, 2), "34", [(2, 2)]],
     "prefix_tokens": [None, *NOT_INTS, -1, 2],
     "backend": ["nonsense", "", 3, ["reference"]],
@@ -275,10 +279,6 @@ def tensors():
         ],
     )
     yield "prefix_tokens", [{"prefix_tokens": 1, "saliency": saliency, "features": None}]
-    yield (
-        "no_fixed_points",
-        [{"no_fixed_points": True, "images": images[:1], "features": features[:1]}],
-    )
     yield (
         "grid_size",
         [
@@ -531,7 +531,9 @@ def one_loss_a_row(logits, targets):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("criterion", {"criterion": nn.CrossEntropyLoss()}),
+        ("criterion", {"criterion": F.cross_entropy}),
+        ("criterion", {"criterion": lambda logits, targets: 1.0}),
+        ("criterion", {"criterion": lambda logits, targets: None}),
         ("criterion", {"criterion": lambda logits, targets: logits[:3].sum(1)}),
         ("criterion", {"criterion": None}),
         ("criterion", {"criterion": "cross_entropy"}),
@@ -546,7 +548,10 @@ def one_loss_a_row(logits, targets):
         ("result", {"result": RESULT._replace(lam=RESULT.lam.to("meta"))}),
         ("logits", {"result": None, "logits": torch.tensor(1.0)}),
         ("targets", {"result": None}),
-        ("criterion", {"result": None, "criterion": nn.CrossEntropyLoss(), "logits": LOGITS[:4]}),
+        ("criterion", {"result": None, "criterion": F.cross_entropy, "logits": LOGITS[:4]}),
+        ("targets", {"result": (RESULT.lam, RESULT.index), "targets": torch.arange(3)}),
+        ("result", {"result": GraftResult(*[None] * 6)}),
+        ("result", {"result": (RESULT.lam,)}),
     ],
 )
 def test_mix_criterion_refuses(name, change):
@@ -648,3 +653,153 @@ def test_edge_values_are_accepted(backend):
 def test_every_argument_has_a_refusal_here():
     tested = {*OPTIONS, *(name for name, _, _ in TENSORS)}
     assert tested == set(inspect.signature(sg_kernels.saliency_graft).parameters)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "channel_dim"),
+    [
+        ((2, 56, 56, 96), (224, 224), -1),
+        ((2, 7, 7, 768), (224, 224), -1),
+        ((2, 4, 32, 512), (128, 1024), -1),
+        ((2, 2, 2, 64), (33, 31), 3),
+    ],
+)
+def test_a_map_with_its_channels_last_is_refused_with_the_way_out(shape, size, channel_dim):
+    images, features = torch.rand(2, 3, *size), torch.rand(shape)
+    with pytest.raises(ValueError, match=r"features .*channel_dim=-1"):
+        saliency_graft(images, features)
+    result = saliency_graft(images, features, channel_dim=channel_dim, seed=1)
+    assert result.mask.shape == shape[:3]
+    expected = saliency_graft(images, features.movedim(-1, 1), seed=1)
+    assert torch.equal(result.saliency, expected.saliency)
+    assert torch.equal(result.images, expected.images)
+    with pytest.raises(ValueError, match=r"features .*channel_dim=1"):
+        saliency_graft(images, features.movedim(-1, 1).contiguous(), channel_dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((2, 2048, 7, 7), (224, 224)),
+        ((2, 512, 1, 32), (128, 1024)),  # frequencies pooled away
+        ((2, 9, 9, 8), (33, 31)),
+        ((2, 64, 1, 1), (32, 32)),
+        ((2, 1, 1, 6), (16, 16)),
+    ],
+)
+def test_a_map_with_its_channels_first_is_taken_as_it_is(shape, size):
+    result = saliency_graft(torch.rand(2, 3, *size), torch.rand(shape), seed=1)
+    assert result.mask.shape == (2, *shape[2:])
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_channel_saliency_sums_over_the_channel_dim(dim, backend):
+    features = torch.randn(2, 5, 3, 4)
+    moved = features.movedim(1, dim)
+    for given in (dim, dim - 4):
+        saliency = channel_saliency(moved, channel_dim=given, backend=backend)
+        torch.testing.assert_close(saliency, features.abs().sum(1))
+
+
+@pytest.mark.parametrize(
+    "grid", ["square", lambda images: (images.shape[2] // 8, images.shape[3] // 8), (4, 4)]
+)
+def test_the_grid_of_tokens_may_follow_from_them_or_from_the_images(grid, backend):
+    images, tokens = torch.rand(2, 3, 32, 32), torch.randn(2, 17, 5)
+    options = {"token_grid": grid, "prefix_tokens": 1, "seed": 1, "backend": backend}
+    result = saliency_graft(images, tokens, **options)
+    torch.testing.assert_close(result.saliency, tokens[:, 1:].abs().sum(2).view(2, 4, 4))
+    larger = torch.rand(2, 3, 48, 48), torch.randn(2, 37, 5)
+    if grid == (4, 4):
+        with pytest.raises(ValueError, match="token_grid"):
+            saliency_graft(*larger, **options)
+    else:
+        assert saliency_graft(*larger, **options).mask.shape == (2, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [
+        (16, {}),
+        (15, {"token_grid": "square"}),
+        (16, {"token_grid": lambda images: 4}),
+        (16, {"token_grid": lambda images: (4, 5)}),
+    ],
+)
+def test_tokens_that_make_no_grid_are_refused_by_token_grid(tokens, options):
+    with pytest.raises(ValueError, match="token_grid"):
+        saliency_graft(torch.rand(2, 3, 32, 32), torch.randn(2, tokens, 5), **options)
+
+
+def test_a_grid_of_tokens_from_images_needs_images():
+    with pytest.raises(ValueError, match="token_grid"):
+        channel_saliency(torch.randn(2, 16, 5), token_grid=lambda images: (4, 4))
+
+
+@pytest.mark.parametrize(
+    "options", [{"features": (4, 6, 1, 1)}, {"features": (4, 6, 4, 4), "grid_size": (1, 1)}]
+)
+def test_a_grid_of_one_cell_is_warned_of_once(options):
+    features = torch.randn(options.pop("features"))
+    with pytest.warns(UserWarning, match=r"features \(4, 6, .*one cell.* earlier layer") as warned:
+        saliency_graft(torch.rand(4, 3, 16, 16), features, **options)
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saliency_graft(torch.rand(4, 3, 16, 16), features, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 10**400),
+        ("temperature", 1e-39),
+        ("temperature", 1e39),
+        ("alpha", 10**400),
+        ("alpha", 2e6),
+        ("augmentations", 2**40),
+        ("augmentations", 2**61 + 1),
+        ("augmentations", 2**64),
+        ("augmentations", 2**30),
+        ("num_classes", 2**62),
+        ("num_classes", 2**64),
+    ],
+)
+def test_what_no_backend_can_count_is_refused_before_the_generator_moves(name, value):
+    images, features = inputs()
+    before = torch.get_rng_state()
+    given = {"targets": torch.arange(4), "num_classes": 5, name: value}
+    with pytest.raises(ValueError, match=named(name)):
+        saliency_graft(images, features, **given)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_nested_tensors_are_refused():
+    images, features = inputs()
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([features[0], features[1]], layout=layout)
+        with pytest.raises(TypeError, match=r"features must be a dense tensor .*nested"):
+            saliency_graft(images[:2], nested)
+
+
+def test_a_seed_inside_out_is_refused():
+    images, features = inputs()
+    out = torch.zeros_like(images, dtype=torch.int64)
+    with pytest.raises(ValueError, match="out must not lie in the memory that seed spans"):
+        saliency_graft(images.long(), features, out=out, seed=out.view(-1)[5:6])
+
+
+def test_vmap_is_refused():
+    images, features = inputs()
+    with pytest.raises(TypeError, match=r"images must not be under torch\.vmap"):
+        torch.vmap(lambda images: saliency_graft(images, features).images)(images[None])
+
+
+def test_the_module_refuses_a_backend_that_there_is_not():
+    with pytest.raises(ValueError, match=r"backend must be one of .*; got 'typo'"):
+        SaliencyGraft(backend="typo")
+
+
+def test_the_module_refuses_a_seed_without_a_value():
+    with pytest.raises(ValueError, match="seed must be an int or one int64"):
+        SaliencyGraft(seed=torch.empty(1, dtype=torch.int64, device="meta"))

@@ -10,6 +10,7 @@ import truth
 from conftest import assert_fulfils_contract, assert_same_bits
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from training import Net, batch_of, by_pickle, by_torch_save
 
 import sg_kernels
@@ -110,11 +111,187 @@ def test_evaluation_returns_the_inputs(backend):
     assert int(module.step) == 0
 
 
-def test_prob_0_returns_the_inputs(backend):
+def test_prob_0_returns_the_images_and_spends_no_step(backend):
     images, ids, features = batch_of()
     module = SaliencyGraft(num_classes=5, prob=0, backend=backend)
-    assert module(images, ids, features=features) == (images, ids)
+    assert module(images, ids, features=features)[0] is images
     assert int(module.step) == 0
+
+
+@pytest.mark.parametrize("prob", [1.0, 1e-9, 0.0])
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+def test_in_training_mode_targets_have_one_form(backend, prob, warmup_epochs):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(
+        num_classes=5,
+        prob=prob,
+        warmup_epochs=warmup_epochs,
+        label_smoothing=0.1,
+        backend=backend,
+    )
+    _, targets = module(images, ids, features=features)
+    assert targets.shape == (4, 5)
+    assert targets.dtype == torch.float32
+    torch.testing.assert_close(targets.sum(1), torch.ones(4))
+    if prob < 1 or warmup_epochs:
+        torch.testing.assert_close(targets, F.one_hot(ids, 5) * 0.9 + 0.1 / 5)
+
+
+@pytest.mark.parametrize("augmentations", [1, 3])
+def test_needs_pass_tells_what_the_next_call_does(augmentations):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(
+        num_classes=5, prob=0.4, augmentations=augmentations, seed=9, keep_prob=0.5
+    )
+    answers = []
+    for _ in range(40):
+        answers.append(module.needs_pass())
+        assert module.needs_pass() is answers[-1]
+        module(images, ids, features=features)
+        rows = module.result.mask.flatten(1).all(1)
+        assert answers[-1] is (not bool(rows.all()))
+    assert len(set(answers)) == 2
+
+
+def test_a_call_that_needs_no_pass_goes_without_one_and_changes_no_draw():
+    net, pictures = Net(), [batch_of(seed=seed) for seed in range(12)]
+    masks = {}
+    for asks in (False, True):
+        module = SaliencyGraft(net.body, num_classes=5, prob=0.5, seed=2)
+        for step, (images, ids, _) in enumerate(pictures):
+            needed = module.needs_pass()
+            if needed or not asks:
+                net(images)
+            mixed, targets = module(images, ids)
+            assert int(module.step) == step + 1
+            if needed:
+                masks.setdefault(step, []).append(module.result.mask)
+            else:
+                assert torch.equal(mixed, images)
+                assert torch.equal(targets, F.one_hot(ids, 5).float())
+            net(mixed)
+        module.untap()
+    assert 0 < len(masks) < 12
+    assert all(torch.equal(*pair) for pair in masks.values())
+
+
+def test_no_pass_is_needed_where_nothing_is_grafted():
+    assert SaliencyGraft().needs_pass()
+    assert not SaliencyGraft().eval().needs_pass()
+    assert not SaliencyGraft(prob=0).needs_pass()
+    module = SaliencyGraft(warmup_epochs=1)
+    assert not module.needs_pass()
+    module.set_epoch(1)
+    assert module.needs_pass()
+
+
+def test_prob_and_temperature_can_be_scheduled(backend):
+    images, ids, features = batch_of()
+    module = SaliencyGraft(num_classes=5, seed=3, backend=backend)
+    module.prob, module.temperature = 0, 0.5
+    assert module(images, ids, features=features)[0] is images
+    module.prob = 1
+    module(images, ids, features=features)
+    expected = saliency_graft(
+        images, features, seed=rng.call_seed(3, 0, 0), temperature=0.5, backend=backend
+    )
+    assert torch.equal(module.result.mask, expected.mask)
+    for name, wrong in (("prob", 2), ("temperature", 0)):
+        with pytest.raises(ValueError, match=name):
+            setattr(module, name, wrong)
+
+
+def test_warm_up_without_set_epoch_is_warned_of():
+    module = SaliencyGraft(warmup_epochs=1)
+    module.train()
+    module.eval()
+    with pytest.warns(UserWarning, match="call set_epoch"):
+        module.train()
+
+
+def test_warm_up_with_set_epoch_is_not_warned_of(recwarn):
+    module = SaliencyGraft(warmup_epochs=2)
+    for epoch in range(3):
+        module.set_epoch(epoch)
+        module.train()
+        module.eval()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_of_the_module_is_refused(reentrant):
+    images, _, features = batch_of()
+    module, leaf = SaliencyGraft(seed=0), images.clone().requires_grad_()
+
+    def block(images):
+        return module(images, features=features)[0].square()
+
+    loss = checkpoint(block, leaf, use_reentrant=reentrant).sum()
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        loss.backward()
+
+
+def test_ranks_that_share_a_batch_draw_alike(monkeypatch):
+    images, _, features = batch_of()
+    results = []
+    for process in (0, 3):
+        monkeypatch.setattr(sg_kernels.nn, "_rank", lambda process=process: process)
+        module = SaliencyGraft(seed=4, rank=1)
+        module(images, features=features)
+        results.append(module.result)
+    assert equal(results[0][:-1], results[1][:-1])
+    assert results[0].index.tolist() == truth.pairing(truth.call_seed(4, 0, 1), 4)
+
+
+def test_the_rank_is_that_in_the_group(monkeypatch):
+    monkeypatch.setattr(
+        torch.distributed, "get_rank", lambda group: {"data": 2, "other": -1}[group]
+    )
+    assert SaliencyGraft(group="data").rank == 2
+    with pytest.raises(ValueError, match="group must contain this process"):
+        SaliencyGraft(group="other")
+    with pytest.raises(ValueError, match="rank and group exclude each other"):
+        SaliencyGraft(group="data", rank=1)
+
+
+@pytest.mark.parametrize("seed", [7, None])
+def test_reset_parameters_restores_what_to_empty_leaves_as_garbage(seed):
+    with torch.device("meta"):
+        module = SaliencyGraft(seed=seed)
+    module.to_empty(device="cpu")
+    module.seed.fill_(99)
+    module.step.fill_(99)
+    module.reset_parameters()
+    assert int(module.step) == 0
+    assert int(module.seed) == (7 if seed else int(module.seed)) != 99
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU, 5])
+def test_a_refused_module_spends_nothing_of_the_generator(layer):
+    before = torch.get_rng_state()
+    with pytest.raises(TypeError, match="layer"):
+        SaliencyGraft(layer)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_checkpoint_without_its_keys_loads():
+    network = nn.ModuleDict({"net": Net(), "mixer": SaliencyGraft(seed=3)})
+    older = {k: v for k, v in network.state_dict().items() if not k.startswith("mixer")}
+    network["mixer"].step.fill_(5)
+    network.load_state_dict(older)
+    assert int(network["mixer"].step) == 5
+    del older["net.head.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*net\.head\.bias"):
+        network.load_state_dict(older)
+
+
+def test_a_single_image_is_paired_with_itself(backend):
+    images, ids, features = batch_of(1)
+    module = SaliencyGraft(num_classes=5, no_fixed_points=True, backend=backend)
+    mixed, targets = module(images, ids, features=features)
+    assert module.result.index.tolist() == [0]
+    assert_same_bits(mixed, images)
+    torch.testing.assert_close(targets, F.one_hot(ids, 5).float())
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The raw operators: opcheck, values that nobody checked, torch.compile and torch.export."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from conftest import assert_same_bits
@@ -341,6 +343,31 @@ def test_compiled_graft_and_mix_targets(backend, fresh):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_into_out_is_eager(backend, fresh, dtype, dynamic):
+    images, features, ids = inputs()
+    images = (images * 50).to(dtype)
+
+    def whole(images, features, ids, out):
+        result = saliency_graft(
+            images, features, seed=3, targets=ids, num_classes=7, out=out, backend=backend
+        )
+        return result.images, result.lam, result.targets
+
+    def alone(images, mask, index, out):
+        return sg_kernels.graft(images, mask, index, out=out, backend=backend)
+
+    mask, index = torch.rand(5, 4, 4) < 0.5, torch.tensor([1, 2, 3, 4, 0])
+    for call, given in ((whole, (images, features, ids)), (alone, (images, mask, index))):
+        compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        outs = [torch.zeros_like(images) for _ in range(2)]
+        results = [f(*given, out) for f, out in zip((compiled, call), outs, strict=True)]
+        assert_same_bits(*outs)
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_compiled_module_advances_its_step(backend, fresh):
     images, features, ids = inputs()
     eager = SaliencyGraft(num_classes=7, seed=3, backend=backend)
@@ -458,8 +485,29 @@ def test_a_table_made_inside_a_transform_outlives_it():
     assert torch.func.debug_unwrap(table) is table
 
 
-def test_a_table_is_kept_where_it_is_as_a_captured_graph_may_point_at_it():
-    table = ops.quantiles(0.4375, IMAGES.device)
+def test_a_table_is_kept_on_a_device_as_a_captured_graph_may_point_at_it(monkeypatch):
+    monkeypatch.setattr(ops, "_tables", OrderedDict())
+    meta = torch.device("meta")
+    table = ops.quantiles(0.4375, meta)
     for alpha in range(1, 200):
-        ops.quantiles(float(alpha), IMAGES.device)
-    assert ops.quantiles(0.4375, IMAGES.device) is table
+        ops.quantiles(float(alpha), meta)
+    assert ops.quantiles(0.4375, meta) is table
+
+
+def test_of_the_tables_on_the_cpu_the_last_used_are_kept(monkeypatch):
+    monkeypatch.setattr(ops, "_tables", OrderedDict())
+    table = ops.quantiles(0.4375, CPU)
+    for alpha in range(1, 200):
+        ops.quantiles(float(alpha), CPU)
+        assert ops.quantiles(0.4375, CPU) is table
+        assert len(ops._tables) <= ops.MAX_TABLES
+    assert torch.equal(ops.quantiles(1.0, CPU), rng.beta_quantiles(1.0))
+
+
+@pytest.mark.parametrize("given", [torch.rand(4, 3, 4).mT, torch.rand(4, 3, 4).mT.half()])
+def test_a_ready_map_comes_back_contiguous(backend, given):
+    result = saliency_graft(IMAGES, saliency=given, seed=1, backend=backend)
+    assert result.saliency.is_contiguous()
+    torch.library.opcheck(
+        ops.overload("saliency_graft", backend), call(features=None, saliency=given.float())
+    )

@@ -383,3 +383,72 @@ def test_the_module_does_not_keep_the_layer_alive():
     gc.collect()
     assert gone() is None
     module.untap()
+
+
+@pytest.mark.parametrize(
+    ("passes", "cause"),
+    [
+        ([], "has not run since it was tapped"),
+        (["eval"], "in eval mode"),
+        (["clean", "call"], "has not run since the last call"),
+        (["clean", "call", "clean"], "last call's mixed images"),
+        (["clean", "reset"], "has not run since it was tapped"),
+    ],
+)
+def test_an_error_names_why_there_are_no_features(passes, cause):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    for step in passes:
+        match step:
+            case "clean":
+                net.train()(images)
+            case "eval":
+                net.eval()(images)
+            case "call":
+                module(images, ids)
+            case "reset":
+                module.reset()
+    with pytest.raises(RuntimeError, match=f"layer has seen no pass of these images: .*{cause}"):
+        module(images, ids)
+
+
+def test_after_a_skipped_mixed_pass_reset_starts_anew():
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    net(images)
+    module(images, ids)
+    module.reset()
+    net(images)
+    module(images, ids)
+    torch.testing.assert_close(
+        module.result.saliency, net.body[1](net.body[0](images)).abs().sum(1)
+    )
+
+
+def test_two_passes_before_one_call_are_warned_of():
+    images, ids, _ = batch_of()
+    layer = nn.Conv2d(3, 8, 3, stride=4)
+    module = SaliencyGraft(layer, num_classes=5)
+    layer(images)
+    with pytest.warns(UserWarning, match="run twice since the last call"):
+        layer(images)
+    module(images, ids)
+
+
+def test_scripting_a_tapped_network_is_refused_with_the_way_out():
+    net = Net()
+    module = SaliencyGraft(net.body)
+    with pytest.raises(RuntimeError, match="untap"):
+        torch.jit.script(net)
+    module.untap()
+    torch.jit.script(net)
+
+
+def test_repr_names_the_layer():
+    net = Net()
+    module = SaliencyGraft(net.body, prob=0.5)
+    assert repr(module) == "SaliencyGraft(layer=Sequential, prob=0.5)"
+    module.untap()
+    assert repr(module) == "SaliencyGraft(prob=0.5)"

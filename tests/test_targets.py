@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import truth
+from torch import nn
 from torch.nn import functional as F
 
 import sg_kernels
@@ -155,3 +156,74 @@ def test_mix_criterion_passes_gradients_to_the_logits(result):
     )
     (grad,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(grad, (logits.softmax(1) - mixed).detach() / 8)
+
+
+CRITERIA = {
+    "plain": {},
+    "ignored rows": {"ignore_index": 3},
+    "class weights": {"weight": torch.tensor([0.5, 2.0, 1.0, 3.0, 0.0])},
+    "both": {"ignore_index": 1, "weight": torch.tensor([0.5, 2.0, 1.0, 3.0, 0.1])},
+    "smoothed": {"label_smoothing": 0.2},
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", CRITERIA.values(), ids=CRITERIA)
+def test_mix_criterion_of_an_unmixed_batch_is_the_criterion(options, reduction):
+    logits, ids = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 1])
+    criterion = nn.CrossEntropyLoss(**options, reduction=reduction)
+    loss = sg_kernels.mix_criterion(criterion, logits, ids, None)
+    torch.testing.assert_close(loss, nn.CrossEntropyLoss(**options)(logits, ids))
+    assert criterion.reduction == reduction
+
+
+def test_mix_criterion_leaves_ignored_rows_out_of_the_mean():
+    torch.manual_seed(0)
+    logits, ids = torch.randn(8, 10), torch.tensor([0, 1, -100, 3, 4, -100, 6, 7])
+    loss = sg_kernels.mix_criterion(nn.CrossEntropyLoss(), logits, ids, None)
+    assert float(loss) == pytest.approx(float(F.cross_entropy(logits, ids)))
+
+
+@pytest.mark.parametrize("options", CRITERIA.values(), ids=CRITERIA)
+def test_mix_criterion_weighs_each_of_both_labels_as_the_criterion_does(result, options):
+    logits, ids = torch.randn(8, 5), torch.tensor([0, 1, 2, 3])
+    single = nn.CrossEntropyLoss(**options, reduction="sum")
+    weight, ignored = options.get("weight", torch.ones(5)), options.get("ignore_index")
+    total = count = 0.0
+    for r in range(8):
+        lam = float(result.lam[r])
+        for share, y in ((lam, ids[r % 4]), (1 - lam, ids[result.index[r]])):
+            total += share * float(single(logits[r : r + 1], y[None]))
+            count += share * float(weight[y]) * (int(y) != ignored)
+    loss = sg_kernels.mix_criterion(nn.CrossEntropyLoss(**options), logits, ids, result)
+    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_mix_criterion_sums_where_the_criterion_does(result):
+    logits, ids = torch.randn(8, 5), torch.tensor([0, 1, 2, 3])
+    summed = sg_kernels.mix_criterion(nn.CrossEntropyLoss(reduction="sum"), logits, ids, result)
+    mean = sg_kernels.mix_criterion(nn.CrossEntropyLoss(), logits, ids, result)
+    torch.testing.assert_close(summed, 8 * mean)
+
+
+def test_mix_criterion_takes_lam_and_index_alone(result):
+    logits, ids = torch.randn(8, 5), torch.tensor([0, 1, 2, 3])
+    criterion = nn.CrossEntropyLoss()
+    torch.testing.assert_close(
+        sg_kernels.mix_criterion(criterion, logits, ids, (result.lam, result.index)),
+        sg_kernels.mix_criterion(criterion, logits, ids, result),
+    )
+
+
+def test_mix_criterion_of_maps_leaves_ignored_pixels_out():
+    logits, ids = torch.randn(4, 5, 3, 3), torch.randint(5, (4, 3, 3))
+    ids[ids == 2] = 255
+    loss = sg_kernels.mix_criterion(nn.CrossEntropyLoss(ignore_index=255), logits, ids, None)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, ids, ignore_index=255))
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([[0], [2], [1]]), torch.tensor([[True], [False]])])
+def test_a_column_of_class_ids_is_refused(ids, backend):
+    rows = len(ids)
+    with pytest.raises(ValueError, match=r"targets \(B, 1\) .*num_classes"):
+        sg_kernels.mix_targets(ids, torch.rand(rows), torch.arange(rows), backend=backend)

@@ -36,7 +36,8 @@ def _load(library: Path) -> str | None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"built, but does not load: {error}"
+        # torch says only which library; its cause names the missing symbol or file.
+        return f"built, but does not load: {error.__cause__ or error}"
     return None
 
 
@@ -90,6 +91,11 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in DEVICES if name not in unavailable)
 
 
+def check_name(origin: str, backend: object) -> None:
+    if not isinstance(backend, str) or backend not in DEVICES:
+        raise ValueError(f"{origin} must be one of {', '.join(DEVICES)}; got {backend!r}")
+
+
 def choose(backend: str | None, device_type: str) -> str:
     """The backend of a call on tensors of ``device_type``.
 
@@ -108,8 +114,7 @@ def choose(backend: str | None, device_type: str) -> str:
                 return name
         reasons = "".join(f"; {name}: {_UNLOADED[name]}" for name in preferred)
         raise RuntimeError(f"no backend takes tensors on {device_type!r}{reasons}")
-    if not isinstance(asked, str) or asked not in DEVICES:
-        raise ValueError(f"{origin} must be one of {', '.join(DEVICES)}; got {asked!r}")
+    check_name(origin, asked)
     if device_type in DEVICES[asked] and not _UNLOADED.get(asked):
         return asked
     if reason := unavailable_backends().get(asked):

@@ -213,7 +213,7 @@ def saliency_graft(call: Call) -> Outputs:
         assert call.features is not None
         saliency = channel_saliency(call.features)
     else:
-        saliency = torch.where(saliency >= 0, saliency, torch.nan).float()
+        saliency = torch.where(saliency >= 0, saliency, torch.nan).float().contiguous()
     grid = resample(saliency, call.grid_size)
     normalize, norm = NORMALIZE[call.normalize], NORM[call.norm]
     keep = select(grid, normalize, call.temperature, call.threshold, call.k)
