@@ -44,7 +44,7 @@ def graft_backward_kernel(
     grad = chunks_of(memory.images, UNIT, LAYOUT.lanes)
     out = chunks_of(memory.out, UNIT, LAYOUT.lanes)
     wide: tl.constexpr = tl.float64 if tl.float64 == UNIT else tl.float32
-    total = tl.zeros([LAYOUT.lines, LAYOUT.chunks, LAYOUT.lanes], wide)
+    total = tl.full([LAYOUT.lines, LAYOUT.chunks, LAYOUT.lanes], 0.0, wide)
     for start in range(0, rows, batch):
         row = start + own
         other, _ = destination_of(memory.index, row, own, batch)

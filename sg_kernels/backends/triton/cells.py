@@ -141,6 +141,7 @@ def kth_largest(key, k, CELLS: tl.constexpr):
 @triton.jit
 def select(grid, cell, valid, cells, options, STAGES: tl.constexpr, CELLS: tl.constexpr):
     """Stage 4: the salient cells. A map that holds NaN or infinity has none."""
+    NORMALIZE: tl.constexpr = STAGES.normalize
     if STAGES.topk:
         finite = tl.max((valid & ~(tl.abs(grid) < float("inf"))).to(tl.int32), axis=0) == 0
         # The bits of floats >= 0 order them; of equal ones the lowest cell comes first.
@@ -150,7 +151,7 @@ def select(grid, cell, valid, cells, options, STAGES: tl.constexpr, CELLS: tl.co
     else:
         peak = peak_of(grid, valid)
         varies = tl.min(tl.where(valid, grid, float("inf")), axis=0) < peak * FLAT
-        scale = normalize_scale(grid, valid, cells, peak, STAGES.normalize)
+        scale = normalize_scale(grid, valid, cells, peak, NORMALIZE)
         # NaN for NaN, and for infinity, which is the peak; then so is the total.
         numerator = tl.exp((grid - peak) / scale / options.temperature)
         total = tl.sum(tl.where(valid, numerator, 0.0), axis=0)

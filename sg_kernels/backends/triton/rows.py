@@ -30,6 +30,8 @@ def saliency_graft_kernel(
     they are other programs, since one that did both would finish last. Without GRAFTS nothing is
     copied.
     """
+    NORM: tl.constexpr = STAGES.norm
+    TARGETS: tl.constexpr = STAGES.targets
     program = tl.program_id(0)
     row, part = program % rows.rows, program // rows.rows - tl.cast(rows.parts > 1, tl.int32)
     draw, own = row // maps.batch, (row % maps.batch).to(tl.int64)
@@ -58,15 +60,15 @@ def saliency_graft_kernel(
     if program < rows.rows:
         tl.store(memory.mask + row * grid_cells + cell, kept, mask=valid)
         own_class, other_class, known = cells.classes_of(
-            memory.targets, own, other, known, options.num_classes, STAGES.targets
+            memory.targets, own, other, known, options.num_classes, TARGETS
         )
         other_grid = cells.resample(
             memory.maps, maps, other, cell, valid, True, CELLS.terms, CELLS.unroll
         )
-        lam = cells.label_ratio(grid, other_grid, kept, valid, grid_cells, STAGES.norm)
+        lam = cells.label_ratio(grid, other_grid, kept, valid, grid_cells, NORM)
         lam = tl.where(known, lam, float("nan"))
         tl.store(memory.lam + row, lam)
-        if STAGES.targets != "none":
+        if TARGETS != "none":
             for start in range(0, options.num_classes, COLUMNS):
                 cells.mix_targets(
                     memory.targets,
@@ -78,7 +80,7 @@ def saliency_graft_kernel(
                     start + tl.arange(0, COLUMNS),
                     options.num_classes,
                     options.label_smoothing,
-                    STAGES.targets,
+                    TARGETS,
                 )
         if memory.saliency is not None and draw == 0:
             map_cells = maps.size.height * maps.size.width

@@ -34,6 +34,7 @@ def sum_planes(features, partial, tile, first, last, size, sums, BLOCK: tl.const
     A row has as many planes as make its length a multiple of ``lanes`` where h * w is not. If these
     are several, the columns of the program, chunks * lanes, hold the whole row.
     """
+    UNROLL: tl.constexpr = BLOCK.unroll  # in Triton 3.6 a field itself is no constexpr
     COLUMNS: tl.constexpr = BLOCK.chunks * BLOCK.lanes
     CELLS: tl.constexpr = COLUMNS // BLOCK.planes
     map_cells = size.height * size.width
@@ -42,9 +43,9 @@ def sum_planes(features, partial, tile, first, last, size, sums, BLOCK: tl.const
         chunk_offset = chunk.to(tl.int64)
     else:
         chunk_offset = chunk // size.width * sums.y_stride + chunk % size.width * sums.x_stride
-    total = tl.zeros([BLOCK.rows, BLOCK.chunks, BLOCK.lanes], tl.float32)
-    for start in range(first, last, BLOCK.rows * BLOCK.unroll):
-        for part in tl.static_range(BLOCK.unroll):
+    total = tl.full([BLOCK.rows, BLOCK.chunks, BLOCK.lanes], 0.0, tl.float32)
+    for start in range(first, last, BLOCK.rows * UNROLL):
+        for part in tl.static_range(UNROLL):
             row = start + part * BLOCK.rows + tl.arange(0, BLOCK.rows)
             exists = chunk * BLOCK.lanes < BLOCK.planes * map_cells
             inside = (row < last)[:, None] & exists[None, :]
@@ -63,12 +64,13 @@ def sum_planes(features, partial, tile, first, last, size, sums, BLOCK: tl.const
 @triton.jit
 def sum_channels(features, partial, tile, first, last, size, sums, BLOCK: tl.constexpr):
     """Sums the chunks first .. last - 1 of the channels of ``rows`` neighbouring cells."""
+    UNROLL: tl.constexpr = BLOCK.unroll
     map_cells = size.height * size.width
     cell = tile * BLOCK.rows + tl.arange(0, BLOCK.rows)
     pixel = cell // size.width * sums.y_stride + cell % size.width * sums.x_stride
-    total = tl.zeros([BLOCK.rows, BLOCK.chunks, BLOCK.lanes], tl.float32)
-    for start in range(first, last, BLOCK.chunks * BLOCK.unroll):
-        for part in tl.static_range(BLOCK.unroll):
+    total = tl.full([BLOCK.rows, BLOCK.chunks, BLOCK.lanes], 0.0, tl.float32)
+    for start in range(first, last, BLOCK.chunks * UNROLL):
+        for part in tl.static_range(UNROLL):
             chunk = start + part * BLOCK.chunks + tl.arange(0, BLOCK.chunks)
             inside = (cell < map_cells)[:, None] & (chunk < last)[None, :]
             offset = pixel[:, None] + chunk[None, :]
