@@ -185,6 +185,14 @@ def test_without_the_library_the_reference_runs_and_says_so_once(without_library
     assert "libsg_kernels_cpu.so is missing" in process.stderr
 
 
+def test_a_source_folder_that_hides_an_installed_package_says_so(tmp_path):
+    copy_without_library(tmp_path)
+    (tmp_path / "setup.py").touch()
+    process = run(CALL, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "hides an installed sg_kernels: run from another folder" in process.stderr
+
+
 def test_without_the_library_asking_for_it_is_refused_with_the_reason(without_library):
     process = run(CALL, without_library, SG_KERNELS_BACKEND="cpp")
     assert process.returncode != 0

@@ -32,7 +32,13 @@ CUDA_LIBRARY = CPP_LIBRARY.with_name("libsg_kernels_cuda.so")
 def _load(library: Path) -> str | None:
     """Loads a compiled backend. Returns the reason where that fails."""
     if not library.exists():
-        return f"not built: {library.name} is missing (pip install --no-build-isolation builds it)"
+        reason = f"not built: {library.name} is missing"
+        if (library.parents[1] / "setup.py").exists():
+            return (
+                f"{reason} in this source folder, which hides an installed sg_kernels: run from "
+                "another folder, or build it here with pip install --no-build-isolation -e ."
+            )
+        return f"{reason} (pip install --no-build-isolation builds it)"
     try:
         torch.ops.load_library(library)
     except OSError as error:
