@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import sg_kernels
 from benchmarks.speed import cases
-from benchmarks.speed.candidates import empty_rows
+from benchmarks.speed.candidates import Run, empty_rows
 from benchmarks.speed.cases import Case, Data, fill, make_data
 from benchmarks.speed.measure import synchronize
 from sg_kernels import backends
@@ -22,12 +22,68 @@ from sg_kernels import backends
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUN_HERE = [name for name in sg_kernels.available_backends() if DEVICE in backends.DEVICES[name]]
 
-pytestmark = [
-    pytest.mark.parametrize(
-        "case", cases.paper(DEVICE), ids=lambda case: case.name, scope="module"
-    ),
-    pytest.mark.parametrize("backend", RUN_HERE),
-]
+
+def saliency_graft(case: Case, data: Data, backend: str, **more: Any) -> Run:
+    options = {"backend": backend, **case.options, **more}
+    return partial(sg_kernels.saliency_graft, data.images, data.features, **options)
+
+
+def saliency_graft_out(case: Case, data: Data, backend: str) -> Run:
+    return saliency_graft(case, data, backend, out=empty_rows(case, data))
+
+
+def saliency_graft_targets(case: Case, data: Data, backend: str) -> Run:
+    options = {"targets": data.labels, "num_classes": case.num_classes}
+    return saliency_graft(case, data, backend, **options)
+
+
+def saliency_graft_backward(case: Case, data: Data, backend: str) -> Run:
+    if not data.images.is_floating_point():
+        pytest.skip("integers have no gradient")
+    images = data.images.detach().requires_grad_()
+    with torch.enable_grad():
+        grafted = saliency_graft(case, data._replace(images=images), backend)().images
+    # In the strides of the output, as a convolution after it would pass it back.
+    gradient = fill(torch.empty_like(grafted))
+    return partial(torch.autograd.grad, grafted, images, gradient, retain_graph=True)
+
+
+def channel_saliency(case: Case, data: Data, backend: str) -> Run:
+    tokens = {"token_grid": case.token_grid, "prefix_tokens": case.prefix_tokens}
+    return partial(sg_kernels.channel_saliency, data.features, backend=backend, **tokens)
+
+
+def graft(case: Case, data: Data, backend: str) -> Run:
+    mask = torch.rand(len(data.images), *case.map_size, device=DEVICE) < 0.5
+    index = torch.randperm(len(data.images), device=DEVICE)
+    return partial(sg_kernels.graft, data.images, mask, index, backend=backend)
+
+
+def mix_targets(case: Case, data: Data, backend: str) -> Run:
+    lam = torch.rand(len(data.labels), device=DEVICE)
+    index = torch.randperm(len(data.labels), device=DEVICE)
+    given = data.labels, lam, index, case.num_classes
+    return partial(sg_kernels.mix_targets, *given, backend=backend)
+
+
+def mix_criterion(case: Case, data: Data, backend: str) -> Run:
+    logits = torch.randn(len(data.labels), case.num_classes, device=DEVICE)
+    criterion, result = (
+        partial(F.cross_entropy, reduction="none"),
+        saliency_graft(case, data, backend)(),
+    )
+    return partial(sg_kernels.mix_criterion, criterion, logits, data.labels, result)
+
+
+def module(case: Case, data: Data, backend: str) -> Run:
+    module = sg_kernels.SaliencyGraft(num_classes=case.num_classes, backend=backend, **case.options)
+    return partial(module.to(DEVICE), data.images, data.labels, features=data.features)
+
+
+OPERATORS = (
+    *(saliency_graft, saliency_graft_out, saliency_graft_targets, saliency_graft_backward),
+    *(channel_saliency, graft, mix_targets, mix_criterion, module),
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,75 +92,15 @@ def data(case: Case) -> Data:
     return make_data(case, DEVICE)
 
 
-@pytest.fixture
-def timed(benchmark: Any, case: Case) -> Callable[..., Any]:
-    """Times a call until its result exists."""
+@torch.no_grad()
+@pytest.mark.parametrize("case", cases.paper(DEVICE), ids=lambda case: case.name, scope="module")
+@pytest.mark.parametrize("backend", RUN_HERE)
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)
+def test_speed(
+    benchmark: Any, operator: Callable[..., Run], backend: str, case: Case, data: Data
+) -> None:
+    """Until the result exists."""
     benchmark.group = case.name
     benchmark.extra_info["shape"] = case.shape
-
-    def run(function: Callable[..., Any], *args: Any, grad: bool = False, **options: Any) -> Any:
-        def call() -> Any:
-            result = function(*args, **options)
-            synchronize()
-            return result
-
-        with torch.set_grad_enabled(grad):
-            return benchmark(call)
-
-    return run
-
-
-@pytest.fixture
-def graft(case: Case, data: Data, backend: str) -> Callable[..., sg_kernels.GraftResult]:
-    options = {"backend": backend, **case.options}
-    return partial(sg_kernels.saliency_graft, features=data.features, **options)
-
-
-def test_saliency_graft(timed, graft, data):
-    timed(graft, data.images)
-
-
-def test_saliency_graft_out(timed, graft, case, data):
-    timed(graft, data.images, out=empty_rows(case, data))
-
-
-def test_saliency_graft_targets(timed, graft, case, data):
-    timed(graft, data.images, targets=data.labels, num_classes=case.num_classes)
-
-
-def test_saliency_graft_backward(timed, graft, data):
-    if not data.images.is_floating_point():
-        pytest.skip("integers have no gradient")
-    images = data.images.detach().requires_grad_()
-    grafted = graft(images).images
-    # In the strides of the output: what a convolution behind it would pass back.
-    gradient = fill(torch.empty_like(grafted, requires_grad=False))
-    timed(torch.autograd.grad, grafted, images, gradient, retain_graph=True, grad=True)
-
-
-def test_channel_saliency(timed, case, data, backend):
-    tokens = {"token_grid": case.token_grid, "prefix_tokens": case.prefix_tokens}
-    timed(sg_kernels.channel_saliency, data.features, backend=backend, **tokens)
-
-
-def test_graft(timed, case, data, backend):
-    mask = torch.rand(len(data.images), *case.map_size, device=DEVICE) < 0.5
-    index = torch.randperm(len(data.images), device=DEVICE)
-    timed(sg_kernels.graft, data.images, mask, index, backend=backend)
-
-
-def test_mix_targets(timed, case, data, backend):
-    lam = torch.rand(len(data.labels), device=DEVICE)
-    index = torch.randperm(len(data.labels), device=DEVICE)
-    timed(sg_kernels.mix_targets, data.labels, lam, index, case.num_classes, backend=backend)
-
-
-def test_mix_criterion(timed, graft, case, data):
-    logits = torch.randn(len(data.labels), case.num_classes, device=DEVICE)
-    criterion = partial(F.cross_entropy, reduction="none")
-    timed(sg_kernels.mix_criterion, criterion, logits, data.labels, graft(data.images))
-
-
-def test_module(timed, case, data, backend):
-    module = sg_kernels.SaliencyGraft(num_classes=case.num_classes, backend=backend, **case.options)
-    timed(module.to(DEVICE), data.images, data.labels, features=data.features)
+    run = operator(case, data, backend)
+    benchmark(lambda: (run(), synchronize()))

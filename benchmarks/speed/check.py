@@ -80,7 +80,7 @@ def measure(device: str, quick: bool, rounds: int) -> list[Row]:
         prepared = Prepared(case, chosen, device, clock)
         found = prepared.ratio_rows(prepared.samples(DEVICE_TIME if clock else TIME, rounds))
         rows += [row for row in found if "copy_" not in row.figure]  # of those less is better
-        rows += prepared.absent_rows()
+        rows += prepared.missing
     return rows
 
 

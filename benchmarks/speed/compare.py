@@ -128,53 +128,55 @@ def guarded(section: str, measured: Iterable[list[Row]], grad: bool = False) -> 
 
 
 class Prepared:
-    """The candidates of a case that run here, and why the others do not."""
+    """The candidates of a case that run here; ``missing`` are rows that say why others do not."""
 
     def __init__(
         self, case: Case, candidates: Iterable[Candidate], device: str, clock: DeviceClock | None
     ) -> None:
         self.case, self.device, self.clock = case, device, clock
-        self.absent: dict[str, dict[str, str]] = {TIME: {}, HOST_TIME: {}, DEVICE_TIME: {}}
+        self.missing: list[Row] = []
         self.notes: dict[str, str] = {}
         """How each was timed on the device."""
         self.runs: dict[str, Run] = {}
+        self.candidates: list[Candidate] = []
         data = make_data(case, device)
         for candidate in candidates:
             try:
                 run = candidate.build(case, data)
                 run()
                 measure.synchronize()  # raises here what would else hit a later candidate
-                self.runs[candidate.name] = run
             except Exception as error:
-                self.absent[TIME][candidate.name] = reason(error)
-        self.candidates = [each for each in candidates if each.name in self.runs]
+                self.missing.append(absent(case.where(candidate.name), TIME, reason(error)))
+                continue
+            self.runs[candidate.name] = run
+            self.candidates.append(candidate)
 
     def samples(self, figure: str, rounds: int) -> pd.DataFrame:
-        missing = self.absent[figure]
+        failed: dict[str, str] = {}
         if figure == DEVICE_TIME and self.clock:
-            timed, clock = self.on_device(self.clock, missing), self.clock
+            timed, clock = self.on_device(self.clock, failed), self.clock
         else:
-            runs = {name: run for name, run in self.runs.items() if name not in self.absent[TIME]}
-            timed = {name: Timed(run) for name, run in runs.items()}
+            timed = {name: Timed(run) for name, run in self.runs.items()}
             clock = measure.host if figure == HOST_TIME else measure.wall
-        return interleave(timed, rounds, clock, f"{self.case.name}, {figure}", missing)
+        samples, late = interleave(timed, rounds, clock, f"{self.case.name}, {figure}")
+        reasons = {**failed, **late}.items()
+        self.missing += [absent(self.case.where(name), figure, why) for name, why in reasons]
+        return samples
 
-    def on_device(self, clock: DeviceClock, missing: dict[str, str]) -> dict[str, Timed]:
-        floor = floor_bytes(self.case)
+    def on_device(self, clock: DeviceClock, failed: dict[str, str]) -> dict[str, Timed]:
+        floor, timed = floor_bytes(self.case), {}
         warm = "" if clock.cold(floor) else ", whose inputs the L2 may hold"
         sets = [make_data(self.case, self.device, True) for _ in range(clock.sets(floor))]
-        timed = {}
-        for candidate in self.candidates:
-            name = candidate.name
+        for name, build, capturable in ((c.name, c.build, c.capturable) for c in self.candidates):
             try:
-                runs = [candidate.build(self.case, data) for data in sets]
+                runs = [build(self.case, data) for data in sets]
                 if measure.count_syncs(runs[0]):
-                    missing[name] = WAITS
+                    failed[name] = WAITS
                     continue
-                timed[name], how = clock.prepare(runs, candidate.capturable)
+                timed[name], how = clock.prepare(runs, capturable)
                 self.notes[name] = how + warm
             except Exception as error:
-                missing[name] = reason(error)
+                failed[name] = reason(error)
         return timed
 
     def time_rows(self, figure: str, samples: pd.DataFrame) -> list[Row]:
@@ -206,19 +208,14 @@ class Prepared:
         bandwidth = copy_bandwidth(clock)
         rows = [row_of(self.case.where("a large copy_"), "bandwidth", bandwidth, "GB/s")]
         floor = floor_bytes(self.case) / bandwidth.median()
-        launches = samples.get(two_launches().name, pd.Series(np.nan, samples.index))
+        larger = samples.get(two_launches().name, pd.Series(np.nan, samples.index)).clip(
+            lower=floor
+        )
         for name in (each.name for each in self.candidates if each.whole and each.name in samples):
             where, times = self.case.where(name), samples[name]
             rows.append(row_of(where, OVER_FLOOR, times / floor, "x"))
-            rows.append(row_of(where, OVER_LARGER_FLOOR, times / launches.clip(lower=floor), "x"))
+            rows.append(row_of(where, OVER_LARGER_FLOOR, times / larger, "x"))
         return rows
-
-    def absent_rows(self) -> list[Row]:
-        return [
-            absent(self.case.where(name), figure, why)
-            for figure, reasons in self.absent.items()
-            for name, why in reasons.items()
-        ]
 
 
 def headline(
@@ -233,13 +230,11 @@ def headline(
         yield prepared.ratio_rows(wall)
     else:
         host = prepared.samples(HOST_TIME, max(5, rounds // 4))
-        yield prepared.time_rows(HOST_TIME, host)
         times = prepared.samples(DEVICE_TIME, rounds)
-        yield prepared.time_rows(DEVICE_TIME, times)
-        yield prepared.floor_rows(clock, times)
-        yield prepared.ratio_rows(times)
+        yield prepared.time_rows(HOST_TIME, host) + prepared.time_rows(DEVICE_TIME, times)
+        yield prepared.floor_rows(clock, times) + prepared.ratio_rows(times)
         yield prepared.ratio_rows(wall, but=times, note=f"wall times: {WAITS}")
-    yield prepared.absent_rows()
+    yield prepared.missing
 
 
 def copy_bandwidth(clock: DeviceClock) -> pd.Series:
@@ -258,21 +253,26 @@ def count(
 ) -> Iterator[list[Row]]:
     """What does not depend on a clock."""
     prepared = Prepared(case, candidates, device, clock)
-    on_device: dict[tuple[str, str], Callable[[Run], int]] = {
-        ("launches per call", ""): measure.count_launches,
-        ("host syncs per call", ""): measure.count_syncs,
-        ("peak memory beyond the outputs", "B"): measure.device_memory_peak,
-    }
     for candidate in prepared.candidates:
-        operators = partial(measure.count_operators, compiled=candidate.compiled)
-        counters = {("operators per call", ""): operators, **(on_device if clock else {})}
-        rows, where = [], case.where(candidate.name)
-        for (figure, unit), counter in counters.items():
+        counters: list[tuple[str, str, Callable[[Run], int]]] = [
+            (
+                "operators per call",
+                "",
+                partial(measure.count_operators, compiled=candidate.compiled),
+            )
+        ]
+        if clock:
+            counters += [
+                ("launches per call", "", measure.count_launches),
+                ("host syncs per call", "", measure.count_syncs),
+                ("peak memory beyond the outputs", "B", measure.device_memory_peak),
+            ]
+        run, where = prepared.runs[candidate.name], case.where(candidate.name)
+        for figure, unit, counter in counters:
             try:
-                rows.append(Row(*where, figure, counter(prepared.runs[candidate.name]), unit))
+                yield [Row(*where, figure, counter(run), unit)]
             except Exception as error:
-                rows.append(absent(where, figure, reason(error)))
-        yield rows
+                yield [absent(where, figure, reason(error))]
 
 
 def grow(
@@ -285,13 +285,11 @@ def grow(
         several = {c.name: n_calls_of_one(c) for c in chosen if case.augmentations > 1}
         prepared = Prepared(case, [*chosen, copies()[0], *several.values()], device, clock)
         samples = prepared.samples(figure, rounds)
-        once = samples.drop(columns=[each.name for each in several.values()], errors="ignore")
-        rows = prepared.time_rows(figure, once)
         for name, repeated in several.items():
             if name in samples and repeated.name in samples:
-                ratio = samples[name] / samples[repeated.name]
-                rows.append(row_of(case.where(name), N_CALLS, ratio, "x"))
-        yield rows + prepared.absent_rows()
+                ratio = samples[name] / samples.pop(repeated.name)
+                yield [row_of(case.where(name), N_CALLS, ratio, "x")]
+        yield prepared.time_rows(figure, samples) + prepared.missing
 
 
 def n_calls_of_one(candidate: Candidate) -> Candidate:

@@ -22,18 +22,15 @@ import sg_kernels
 from benchmarks.speed import measure, results
 from benchmarks.speed.candidates import Run, operator_call
 from benchmarks.speed.cases import TINY, make_data
-from benchmarks.speed.measure import reason
 from benchmarks.speed.results import Row, absent, row_of
 from sg_kernels import ops
 
-ROUNDS = 101
 HOST_TIME = "host time"
 STUBBED = ", launcher stubbed"
 
 
 def calls_of(backend: str, device: str) -> dict[str, Run]:
-    data = make_data(TINY, device)
-    seed = ops.draw_seed()
+    data, seed = make_data(TINY, device), ops.draw_seed()
     call = operator_call(TINY, data.images, data.features, seed.to(device))
     graft = partial(sg_kernels.saliency_graft, data.images, data.features, backend=backend)
     module = sg_kernels.SaliencyGraft(backend=backend).to(device)
@@ -47,29 +44,23 @@ def calls_of(backend: str, device: str) -> dict[str, Run]:
 
 
 def host_times(backends: Iterable[str], device: str, rounds: int) -> Iterator[list[Row]]:
-    calls, missing = {}, {}
+    calls: dict[str, Run] = {}
     for backend in backends:
         try:
-            own = calls_of(backend, device)
-            for call in own.values():
-                call()
-            calls.update(own)
+            calls |= calls_of(backend, device)
         except Exception as error:
-            missing[f"{backend} function"] = reason(error)
-    yield time_calls(calls, rounds)
-    where = (TINY.name, TINY.shape)
-    yield [absent((*where, name), HOST_TIME, why) for name, why in missing.items()]
+            yield [absent(TINY.where(f"{backend} function"), HOST_TIME, measure.reason(error))]
+    yield from time_calls(calls, rounds)
     for name, call in calls.items():
-        yield [Row(*where, name, "operators per call", measure.count_operators(call))]
+        yield [Row(*TINY.where(name), "operators per call", measure.count_operators(call))]
 
 
-def time_calls(calls: dict[str, Run], rounds: int) -> list[Row]:
+def time_calls(calls: dict[str, Run], rounds: int) -> Iterator[list[Row]]:
     timed = {name: measure.repeated(call) for name, call in calls.items()}
-    samples = measure.interleave(timed, rounds, measure.host, HOST_TIME, {})
-    return [
-        row_of((TINY.name, TINY.shape, name), HOST_TIME, values / 1e3, "us")
-        for name, values in samples.items()
-    ]
+    samples, failed = measure.interleave(timed, rounds, measure.host, HOST_TIME)
+    for name, values in samples.items():
+        yield [row_of(TINY.where(name), HOST_TIME, values / 1e3, "us")]
+    yield [absent(TINY.where(name), HOST_TIME, why) for name, why in failed.items()]
 
 
 _found: dict[tuple[Any, ...], None] = {}
@@ -79,8 +70,8 @@ def launch_stub(
     function: Any, programs: int, threads: int, arguments: tuple[Any, ...], *constants: Any
 ) -> None:
     """Looks a launch up, as the launcher does, and launches nothing."""
-    absent = tuple([argument is None for argument in arguments])
-    _found.setdefault((function, 0, threads, constants, absent))
+    missing = tuple([memory is None for memory in arguments[0]])
+    _found.setdefault((function, 0, threads, constants, missing))
 
 
 @torch.no_grad()
@@ -90,9 +81,10 @@ def main() -> None:
     operators.launch = launch_stub  # type: ignore[assignment]
     torch.set_num_threads(1)
     calls = calls_of("triton", "cpu")
-    raw = calls["triton raw operator"]
-    calls["triton raw operator, undispatched"] = partial(operators.saliency_graft, *raw.args)
-    rows = time_calls({name + STUBBED: call for name, call in calls.items()}, ROUNDS)
+    arguments = calls["triton raw operator"].args
+    calls["triton raw operator, undispatched"] = partial(operators.saliency_graft, *arguments)
+    calls = {name + STUBBED: call for name, call in calls.items()}
+    rows = [row for more in time_calls(calls, rounds=101) for row in more]
     for row in rows:
         print(f"{row.candidate:<52}{row.value:>8.1f} us  ({row.p20:.1f} .. {row.p80:.1f})")
     results.write(results.RESULTS / "host.csv", results.describe_run("cpu"), rows)

@@ -23,13 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 Run = Callable[[], Any]
-
 ON_CUDA = cuda.is_available()  # asked once: asking takes longer than some of the calls
-
-SLOW_NS = 30e6
-"""Slower candidates sit rounds out: a hundred rounds of one then take about three seconds."""
-FEWEST_SAMPLES = 7
-"""But it runs in so many rounds: fewer give no spread."""
+SLOW_NS, FEWEST_SAMPLES = 30e6, 7
+"""Slower runs sit rounds out, so that a hundred rounds take three seconds; but not more than that
+leaves so many samples."""
 L2_TIMES = 3
 """The inputs together exceed the L2 this often, so that none of them is still there."""
 
@@ -52,17 +49,14 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def wall(timed: Timed) -> float:
-    """Nanoseconds until the result exists."""
-    return _per_call(timed, wait=True)
+def synchronize() -> None:
+    if ON_CUDA:
+        cuda.synchronize()
 
 
-def host(timed: Timed) -> float:
-    """Nanoseconds until the call returns, whatever is left for the device to do."""
-    return _per_call(timed, wait=False)
-
-
-def _per_call(timed: Timed, wait: bool) -> float:
+def wall(timed: Timed, wait: bool = True) -> float:
+    """Nanoseconds per call until the result exists; or, without ``wait``, until the call returns,
+    whatever is left for the device to do."""
     synchronize()
     start = perf_counter_ns()
     for _ in range(timed.calls):
@@ -75,76 +69,64 @@ def _per_call(timed: Timed, wait: bool) -> float:
     return elapsed / timed.calls
 
 
-def synchronize() -> None:
-    if ON_CUDA:
-        cuda.synchronize()
+def host(timed: Timed) -> float:
+    return wall(timed, wait=False)
 
 
 def interleave(
-    candidates: Mapping[str, Timed],
-    rounds: int,
-    clock: Callable[[Timed], float],
-    title: str,
-    absent: dict[str, str],
-) -> pd.DataFrame:
-    """Times them in turn: nanoseconds per call, a column for each; NaN where one sat a round out.
-
-    One that raises is dropped, and ``absent`` says why.
-    """
-    strides: dict[str, int] = {}
+    candidates: Mapping[str, Timed], rounds: int, clock: Callable[[Timed], float], title: str
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Nanoseconds per call, a column for each; NaN where one sat a round out. And why those that
+    raised are missing."""
+    strides, failed = {}, {}
     for name, timed in candidates.items():
         try:
             clock(timed)
-            estimate = clock(timed) * timed.calls
-            most = max(1, rounds // FEWEST_SAMPLES)
-            strides[name] = max(1, min(most, math.ceil(estimate / SLOW_NS)))
+            slowness = math.ceil(clock(timed) * timed.calls / SLOW_NS)
+            strides[name] = max(1, min(slowness, rounds // FEWEST_SAMPLES))
         except Exception as error:
-            absent[name] = reason(error)
-    warmup = max(2, rounds // 10)
-    names = list(strides)
+            failed[name] = reason(error)
+    warmup, names = max(2, rounds // 10), list(strides)
     samples = np.full((warmup + rounds, len(names)), np.nan)
     # Random, so that nobody always follows the same neighbour; seeded, so that runs are alike.
     orders = np.random.default_rng(0)
-    collecting = gc.isenabled()
     gc.disable()  # a collection would be charged to whichever candidate runs just then
     try:
         for i in tqdm(range(warmup + rounds), desc=title, leave=False):
             for column in orders.permutation(len(names)):
                 name = names[column]
-                if name in absent or i % strides[name]:
-                    continue
-                try:
-                    samples[i, column] = clock(candidates[name])
-                except Exception as error:
-                    absent[name] = reason(error)
+                if name not in failed and i % strides[name] == 0:
+                    try:
+                        samples[i, column] = clock(candidates[name])
+                    except Exception as error:
+                        failed[name] = reason(error)
     finally:
-        if collecting:
-            gc.enable()
-    frame = pd.DataFrame(samples[warmup:], columns=names)
-    return frame[[name for name in names if name not in absent]]
+        gc.enable()
+    return pd.DataFrame(samples[warmup:], columns=names).drop(
+        columns=strides & failed.keys()
+    ), failed
 
 
 def repeated(run: Run, at_least_ns: float = 2e6) -> Timed:
-    """Enough calls, at most 1000, to hide the clock's own cost."""
+    """Enough calls, at most 1024, to hide the clock's own cost."""
     run()
-    calls = 1
-    while calls < 1000 and wall(Timed(run, calls)) * calls < at_least_ns:
-        calls = min(1000, 2 * calls)
-    return Timed(run, calls)
+    timed = Timed(run)
+    while timed.calls < 1024 and wall(timed) * timed.calls < at_least_ns:
+        timed = Timed(run, 2 * timed.calls)
+    return timed
 
 
 class DeviceClock:
     """Device time on CUDA, with a cold L2.
 
     A candidate becomes a CUDA graph of several calls, and two events time its replay. The calls use
-    several sets of inputs in turn, which together exceed the L2. A candidate that cannot be
-    captured is called as often instead. Before either the ballast keeps the device busy, so that
-    the host gets ahead and its own time does not lie between the events; ``caught_up`` says where
-    the device overtook it.
+    several sets of inputs in turn, which together exceed the L2. What cannot be captured is timed
+    call by call. Before either the ballast keeps the device busy, so that the host gets ahead and
+    its own time does not lie between the events; ``caught_up`` says where the device overtook it.
     """
 
     CALLS = 8
-    """Per measurement: enough to hide what the events cost."""
+    """At least so many in a graph, to hide what the events cost."""
 
     def __init__(self, device: str = "cuda") -> None:
         properties = cuda.get_device_properties(0)
@@ -152,11 +134,7 @@ class DeviceClock:
         self.ballast = torch.ones(max(4 * self.l2_bytes, 1 << 28) // 4, device=device)
         self.start, self.end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         self.fill(4)
-        self.start.record()
-        self.fill(8)
-        self.end.record()
-        cuda.synchronize()
-        self.fill_ns = max(1e3, self.start.elapsed_time(self.end) * 1e6 / 8)
+        self.fill_ns = max(1e3, self(Timed(lambda: self.fill(8), 8)))
 
     def fill(self, times: int) -> None:
         for _ in range(times):
@@ -186,14 +164,12 @@ class DeviceClock:
                 cuda.synchronize()
                 why = reason(error)
         rotation = cycle(calls)
-        for count, words in ((self.CALLS, f"{self.CALLS} calls"), (1, "1 call")):
-            several = Timed(lambda n=count: [next(rotation)() for _ in range(n)], count)
-            spent = count * max(host(several) for _ in range(3))
-            timed = several._replace(busy=min(256, math.ceil(2 * spent / self.fill_ns) + 1))
-            self(timed)
-            if not self.caught_up:
-                return timed, f"{words} behind a full queue: {why}"
-        return timed, f"{words}, and at times the device waits for the host: {why}"
+        one = Timed(lambda: next(rotation)())
+        spent = max(host(one) for _ in range(3))
+        one = one._replace(busy=min(256, math.ceil(2 * spent / self.fill_ns) + 1))
+        self(one)
+        waits = "at times the device waits for the host; " * self.caught_up
+        return one, f"call by call: {waits}{why}"
 
     def _capture(self, calls: list[Run]) -> tuple[Timed, str]:
         sequence = calls * math.ceil(self.CALLS / len(calls))
@@ -225,9 +201,7 @@ class DeviceClock:
 class CountOps(TorchDispatchMode):
     """Counts operators that reach the dispatcher."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1

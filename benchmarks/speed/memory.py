@@ -26,27 +26,23 @@ from benchmarks.speed.results import Row, absent, row_of
 from sg_kernels import available_backends, saliency_graft
 
 READINGS = 9
-FIGURE = "peak memory beyond the outputs"
+PEAK = "peak memory beyond the outputs"
+FIRST_PEAK, LATER_PEAK = f"{PEAK}, first call", f"{PEAK}, later calls"
 COMPILED = "compiled reference"
 
 
 def peak_memory(quick: bool) -> Iterator[list[Row]]:
     case = headline("cpu", quick)[-1]
     for name in ("copy_", *available_backends(), COMPILED):
-        where = (case.name, case.shape, name)
         try:
             # A quick run has no time to start processes.
-            first, *later = probe(name, quick) if quick else fresh_process(name)
+            readings = pd.Series(probe(name, quick) if quick else fresh_process(name), dtype=float)
         except Exception as error:
-            yield [absent(where, FIGURE, reason(error))]
+            yield [absent(case.where(name), LATER_PEAK, reason(error))]
             continue
-        readings = {"first call": [first], "later calls": later}
-        if name == COMPILED:
-            del readings["first call"]  # it compiles
-        yield [
-            row_of(where, f"{FIGURE}, {label}", pd.Series(values, dtype=float), "KiB")
-            for label, values in readings.items()
-        ]
+        yield [row_of(case.where(name), LATER_PEAK, readings[1:], "KiB")]
+        if name != COMPILED:  # it compiles in the first call
+            yield [row_of(case.where(name), FIRST_PEAK, readings[:1], "KiB")]
 
 
 def fresh_process(name: str) -> list[int]:
@@ -71,10 +67,6 @@ def build(name: str, case: Case, quick: bool) -> Run:
 
 def probe(name: str, quick: bool) -> list[int]:
     """KiB beyond the outputs: of the first call at the shape, then of later ones."""
-
-    def peak() -> int:
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
     warm, run = (build(name, case, quick) for case in headline("cpu", quick))
     warm()  # starts the threads and loads the code
     readings = []
@@ -84,10 +76,13 @@ def probe(name: str, quick: bool) -> list[int]:
         Path("/proc/self/clear_refs").write_text("5")
         before = peak()
         outputs = [output for output in run() if output is not None]
-        returned = sum(output.numel() * output.element_size() for output in outputs)
-        readings.append(peak() - before - returned // 1024)
+        readings.append(peak() - before - sum(output.nbytes for output in outputs) // 1024)
         del outputs
     return readings
+
+
+def peak() -> int:
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 if __name__ == "__main__":

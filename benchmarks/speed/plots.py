@@ -78,7 +78,7 @@ def draw_growth(rows: pd.DataFrame, label: str, path: Path) -> None:
     figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     for panel, (axis, words) in zip(panels.flat, AXES.items()):
         of_axis = rows[rows.case.str.startswith(f"{axis}=")]
-        curves(panel, of_axis.assign(size=of_axis.case.str.partition("=")[2].astype(int)))
+        curves(panel, of_axis.assign(size=of_axis.case.str.removeprefix(f"{axis}=").astype(int)))
         panel.set_xlabel(words, fontsize=9)
         panel.set_ylabel(label)
     handles, labels = panels.flat[0].get_legend_handles_labels()

@@ -17,7 +17,7 @@ import pandas as pd
 from benchmarks.speed.candidates import TARGETS as WITH_TARGETS
 from benchmarks.speed.compare import DEVICE_TIME, N_CALLS, OVER_COPY, TIME
 from benchmarks.speed.host import HOST_TIME, STUBBED
-from benchmarks.speed.memory import FIGURE as MEMORY
+from benchmarks.speed.memory import LATER_PEAK
 from benchmarks.speed.results import RESULTS, ROOT, find, read
 
 FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -39,7 +39,7 @@ class Target(NamedTuple):
 
 
 CPU, X4 = ("cpu", ("cifar", "imagenet")), ("cpu", ("augmentations=4",))
-PEAK, PEAK_BOUND = f"{MEMORY}, later calls", 1024 + 8 * 64 * 7 * 7 / 1024  # 8 bytes per cell
+PEAK_BOUND = 1024 + 8 * 64 * 7 * 7 / 1024  # 1 MiB and 8 bytes per cell
 STUB = f"triton function{STUBBED}"
 TARGETS = [
     Target(
@@ -62,7 +62,15 @@ TARGETS = [
         "at most",
         0.7,
     ),
-    Target(f"`cpp`, {MEMORY}", "cpu", ("imagenet",), "cpp", PEAK, "at most", PEAK_BOUND),
+    Target(
+        "`cpp`, peak memory beyond the outputs",
+        "cpu",
+        ("imagenet",),
+        "cpp",
+        LATER_PEAK,
+        "at most",
+        PEAK_BOUND,
+    ),
     Target(
         "`triton`, host time of a call, launcher stubbed",
         "host",

@@ -61,8 +61,8 @@ def write(path: Path, run: dict[str, str], rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> pd.DataFrame:
-    frame = pd.read_csv(path, dtype={**dict.fromkeys(RUN, str), "rounds": "Int64"})
-    return frame.fillna({"shape": "", "unit": "", "note": ""})
+    texts = dict.fromkeys([*RUN, "shape", "unit", "note"], str)
+    return pd.read_csv(path, dtype={**texts, "rounds": "Int64"}).fillna(dict.fromkeys(texts, ""))
 
 
 def find(rows: pd.DataFrame, case: str, candidate: str, figure: str) -> pd.Series | None:
@@ -84,18 +84,14 @@ def summary(rows: pd.DataFrame) -> str:
 
 
 def describe_run(device: str) -> dict[str, str]:
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = output_of(query).partition("\n")[0] if device == "cuda" else platform.release()
     installed = {each.name: each.version for each in metadata.distributions()}
     versions = {"python": platform.python_version(), "CUDA": torch.version.cuda or "none"}
     versions |= {name: installed[name] for name in installed if re.fullmatch(PACKAGES, name)}
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": git_commit(),
-        "device": device_name(device),
-        "driver": driver,
-        "versions": "; ".join(f"{name} {version}" for name, version in versions.items()),
-    }
+    listed = "; ".join(f"{name} {version}" for name, version in versions.items())
+    return dict(zip(RUN, (now, git_commit(), device_name(device), driver, listed)))
 
 
 def device_name(device: str) -> str:

@@ -19,7 +19,7 @@ import sg_kernels
 from benchmarks.rivals import import_library
 from benchmarks.speed.candidates import own_backends
 from benchmarks.speed.measure import reason, synchronize
-from benchmarks.speed.results import Row, absent, row_of
+from benchmarks.speed.results import Row, Where, absent, row_of
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 CUTMIX = "CutMix (timm, batch)"
@@ -28,8 +28,8 @@ STEP = "training step"
 
 def setting(device: str, quick: bool) -> tuple[str, str, nn.Module, Tensor, Tensor]:
     """The name, the shape, the network, images and labels."""
-    timm = import_library("timm")
-    if device == "cuda" and not quick:
+    timm, on_cuda = import_library("timm"), device == "cuda"
+    if on_cuda and not quick:
         name, batch, size, classes = "ResNet-50", 256, 224, 1000
         model = timm.create_model("resnet50", num_classes=classes)
     else:
@@ -37,7 +37,6 @@ def setting(device: str, quick: bool) -> tuple[str, str, nn.Module, Tensor, Tens
         model = timm.create_model("resnet18", num_classes=classes)
         # The stem that is usual for 32x32 images: it keeps their resolution.
         model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    on_cuda = device == "cuda"
     memory_format = torch.channels_last if on_cuda else torch.contiguous_format
     images = torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=memory_format)
     labels = torch.randint(classes, (batch,), device=device)
@@ -59,14 +58,22 @@ def nanoseconds(before: Any, after: Any) -> float:
     return before.elapsed_time(after) * 1e6 if isinstance(before, cuda.Event) else after - before
 
 
+@torch.no_grad()
+def clean_pass(model: nn.Module, images: Tensor) -> None:
+    """Shows the images to the layer that is tapped."""
+    model(images)
+
+
 def measure_steps(device: str, quick: bool, rounds: int) -> Iterator[list[Row]]:
     case, shape, model, images, labels = setting(device, quick)
-    classes = model.num_classes
-    timm = import_library("timm.data").Mixup(0.0, 1.0, label_smoothing=0.0, num_classes=classes)
+    options = {"num_classes": model.num_classes, "label_smoothing": 0.0}
+    timm = import_library("timm.data").Mixup(0.0, 1.0, **options)
     mixes: dict[str, Mix | None] = {"plain": None, CUTMIX: lambda x, y: timm(x.clone(), y)}
     for backend in own_backends(device):
-        graft = sg_kernels.SaliencyGraft(model.layer4, num_classes=classes, backend=backend)
-        mixes[f"Saliency Grafting ({backend})"] = graft.to(device)
+        # The steps of the others pass through the tapped layer too, so that every pass counts.
+        tap = {"layer": model.layer4, "mixed_pass": False}
+        graft = sg_kernels.SaliencyGraft(**tap, **options, backend=backend).to(device)
+        mixes[f"Saliency Grafting ({backend})"] = graft
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     ballast = torch.ones(1 << 28 if device == "cuda" else 1, device=device)
 
@@ -79,8 +86,8 @@ def measure_steps(device: str, quick: bool, rounds: int) -> Iterator[list[Row]]:
             ballast.neg_()
         marks = [mark(device)]
         if isinstance(mix, sg_kernels.SaliencyGraft):
-            with torch.no_grad(), autocast():
-                model(images)
+            with autocast():
+                clean_pass(model, images)
         marks.append(mark(device))
         mixed, targets = (images, labels) if mix is None else mix(images, labels)
         marks.append(mark(device))
@@ -93,35 +100,28 @@ def measure_steps(device: str, quick: bool, rounds: int) -> Iterator[list[Row]]:
         synchronize()
         return [nanoseconds(before, after) for before, after in pairwise(marks)]
 
-    rows = []
     for name in list(mixes):
         try:
             step(mixes[name])
         except Exception as error:
-            rows.append(absent((case, shape, name), STEP, reason(error)))
+            yield [absent((case, shape, name), STEP, reason(error))]
             del mixes[name]
-    times = {name: np.empty((rounds, 3)) for name in mixes}
-    orders = np.random.default_rng(0)
+    times, orders = {name: np.empty((rounds, 3)) for name in mixes}, np.random.default_rng(0)
     for i in tqdm(range(rounds), desc=STEP, leave=False):
         for name in orders.permutation(list(mixes)).tolist():
             times[name][i] = step(mixes[name])
-    laps = {
-        name: pd.DataFrame(of, columns=["clean", "mixing", "rest"]) for name, of in times.items()
-    }
-    yield rows + [row for name in laps for row in rows_of((case, shape, name), laps)]
+    plain = pd.Series(times["plain"].sum(1))
+    yield [row for name in mixes for row in rows_of((case, shape, name), times[name], plain)]
 
 
-def rows_of(where: tuple[str, str, str], laps: dict[str, pd.DataFrame]) -> list[Row]:
-    name = where[2]
-    whole, clean, mixing = laps[name].sum(axis=1), laps[name].clean, laps[name].mixing
+def rows_of(where: Where, times: np.ndarray, plain: pd.Series) -> list[Row]:
+    clean, mixing, rest = (pd.Series(lap) for lap in times.T)
+    whole = clean + mixing + rest
     rows = [row_of(where, STEP, whole / 1e6, "ms")]
-    if name == "plain":
-        return rows
-    rows.append(row_of(where, "mixing", mixing / 1e6, "ms"))
-    rows.append(row_of(where, "mixing, share of the step", 100 * mixing / whole, "%"))
-    if name != CUTMIX:
+    if where[2] != "plain":
+        rows.append(row_of(where, "step / plain", whole / plain, "x"))
+        rows.append(row_of(where, "mixing, share of the step", 100 * mixing / whole, "%"))
+    if where[2] not in ("plain", CUTMIX):
         share = 100 * clean / whole
         rows.append(row_of(where, "clean forward, share of the step", share, "%"))
-    if "plain" in laps:
-        rows.append(row_of(where, "step / plain", whole / laps["plain"].sum(axis=1), "x"))
     return rows
