@@ -122,7 +122,7 @@ void find_runs(const bool* cells, std::int64_t count, std::int64_t width, std::v
     if (!runs.empty() && runs.back().own == cells[cell])
       runs.back().end = end;
     else
-      runs.push_back({begin, end, cells[cell]});
+      runs.emplace_back() = {begin, end, cells[cell]};  // push_back would load a temporary too soon
     begin = end;
   }
 }
