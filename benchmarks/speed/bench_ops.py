@@ -33,8 +33,8 @@ def saliency_graft_out(case: Case, data: Data, backend: str) -> Run:
 
 
 def saliency_graft_targets(case: Case, data: Data, backend: str) -> Run:
-    options = {"targets": data.labels, "num_classes": case.num_classes}
-    return saliency_graft(case, data, backend, **options)
+    labels = {"targets": data.labels, "num_classes": case.num_classes}
+    return saliency_graft(case, data, backend, **labels)
 
 
 def saliency_graft_backward(case: Case, data: Data, backend: str) -> Run:
@@ -68,10 +68,8 @@ def mix_targets(case: Case, data: Data, backend: str) -> Run:
 
 def mix_criterion(case: Case, data: Data, backend: str) -> Run:
     logits = torch.randn(len(data.labels), case.num_classes, device=DEVICE)
-    criterion, result = (
-        partial(F.cross_entropy, reduction="none"),
-        saliency_graft(case, data, backend)(),
-    )
+    criterion = partial(F.cross_entropy, reduction="none")
+    result = saliency_graft(case, data, backend)()
     return partial(sg_kernels.mix_criterion, criterion, logits, data.labels, result)
 
 

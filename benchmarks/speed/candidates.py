@@ -34,7 +34,7 @@ class Candidate(NamedTuple):
 
 
 COPY = "copy_ of the same bytes"
-MAP_GIVEN, SALIENCY, TARGETS = ", out=, map given", " channel_saliency", ", targets"
+TARGETS = ", targets"
 
 
 def own_backends(device: str) -> list[str]:
@@ -61,20 +61,6 @@ def ours(backend: str) -> list[Candidate]:
         Candidate(f"{backend}, out=", into_out, whole=True),
         Candidate(backend + TARGETS, with_targets, whole=True),
     ]
-
-
-def stages(backend: str) -> list[Candidate]:
-    """Its two halves alone."""
-
-    def graft(case: Case, data: Data) -> Run:
-        saliency = sg_kernels.channel_saliency(data.features, backend=backend)
-        given = {"saliency": saliency, "seed": data.seed, "out": empty_rows(case, data)}
-        return partial(sg_kernels.saliency_graft, data.images, **given, backend=backend)
-
-    def saliency(case: Case, data: Data) -> Run:
-        return partial(sg_kernels.channel_saliency, data.features, backend=backend)
-
-    return [Candidate(backend + MAP_GIVEN, graft), Candidate(backend + SALIENCY, saliency)]
 
 
 def empty_rows(case: Case, data: Data) -> Tensor:
@@ -106,11 +92,8 @@ def plain(case: Case, device: str, mode: str | None) -> Callable[..., Any]:
     common = operator_call(case, blank, blank, blank)
 
     def graft(images: Tensor, features: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-        if case.token_grid is not None:
-            tokens = features[:, case.prefix_tokens :]
-            features = tokens.transpose(1, 2).unflatten(2, case.token_grid)
-        given = common._replace(images=images, features=features, seed=seed)
-        return reference.saliency_graft(given)
+        given = {"images": images, "features": features, "seed": seed}
+        return reference.saliency_graft(common._replace(**given))
 
     if mode is None:
         return graft
@@ -147,10 +130,10 @@ def compiled(device: str, quick: bool) -> list[Candidate]:
     ]
 
 
-def copies() -> list[Candidate]:
-    """The same bytes moved by copy_, and parts of them: what the machine can do."""
+def copy_of_the_floor() -> Candidate:
+    """The same bytes moved by copy_: what the machine can do."""
 
-    def same_bytes(case: Case, data: Data) -> Run:
+    def build(case: Case, data: Data) -> Run:
         images, features = in_storage_order(data.images), in_storage_order(data.features)
         # A copy reads and writes, so it moves all of the floor's bytes by copying half of them.
         sources = [images, features[: features_bytes(case) // data.features.itemsize // 2]]
@@ -160,15 +143,7 @@ def copies() -> list[Candidate]:
         pairs = [(fill(torch.empty_like(source)), source) for source in sources]
         return lambda: [destination.copy_(source) for destination, source in pairs]
 
-    def images(case: Case, data: Data) -> Run:
-        return partial(fill(torch.empty_like(data.images)).copy_, data.images)
-
-    return [
-        Candidate(COPY, same_bytes, whole=True, against=(", out=", "")),
-        Candidate("copy_ of the images", images, against=(MAP_GIVEN,)),
-        Candidate("clone of the images", lambda case, data: data.images.clone, against=("",)),
-        Candidate("sum of the features", lambda case, data: data.features.sum, against=(SALIENCY,)),
-    ]
+    return Candidate(COPY, build, whole=True, against=(", out=", ""))
 
 
 def in_storage_order(tensor: Tensor) -> Tensor:
@@ -246,8 +221,7 @@ def peers() -> list[Candidate]:
     ]
 
 
-def everything(device: str) -> list[Candidate]:
-    """All but what is compiled."""
-    own = [each for backend in own_backends(device) for each in (*ours(backend), *stages(backend))]
+def everything(device: str, quick: bool) -> list[Candidate]:
+    own = [each for backend in own_backends(device) for each in ours(backend)]
     launches = [two_launches()] if device == "cuda" else []
-    return [*own, EAGER, *copies(), *launches, *peers()]
+    return [*own, EAGER, *compiled(device, quick), copy_of_the_floor(), *launches, *peers()]

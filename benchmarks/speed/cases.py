@@ -70,8 +70,7 @@ def make_data(case: Case, device: str, seed_on_device: bool = False) -> Data:
     features = torch.randn(case.features, device=device).mul_(gain).to(case.map_dtype)
     if case.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-        if features.dim() == 4:
-            features = features.contiguous(memory_format=torch.channels_last)
+        features = features.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(case.num_classes, case.images[:1], device=device)
     seed = torch.randint(2**62, (1,), device=device) if seed_on_device else None
     return Data(images, features, labels, seed)
@@ -117,8 +116,7 @@ def resnet50(name: str, batch: int, **options: Any) -> Case:
 def headline(device: str, quick: bool) -> list[Case]:
     """The two cases on which everything is compared."""
     if quick:
-        large = Case("imagenet", (4, 3, 16, 16), (4, 32, 4, 4))
-        return [Case("cifar", (4, 3, 8, 8), (4, 16, 4, 4)), large]
+        return [TINY._replace(name="cifar"), Case("imagenet", (4, 3, 16, 16), (4, 32, 4, 4))]
     if device == "cuda":
         return [wrn("cifar"), resnet50("imagenet", 256, **BF16_LAST)]
     return [wrn("cifar"), resnet50("imagenet", 64)]
@@ -135,11 +133,11 @@ def paper(device: str) -> list[Case]:
         Case("pyramidnet", (64, 3, 32, 32), (64, 1024, 8, 8), 100),
         Case("resnet18-64x64", (128, 3, 64, 64), (128, 512, 8, 8), 200),
         *(resnet50(f"resnet50-{batch}", batch) for batch in (32, 64, 128, 256, 512)),
+        *(resnet50(f"resnet50-{n}-bf16-channels_last", n, **BF16_LAST) for n in (64, 256, 512)),
         resnet50("resnet50-64-bf16", 64, dtype=torch.bfloat16),
         resnet50("resnet50-64-channels_last", 64, channels_last=True),
         resnet50("resnet50-64-fp16", 64, dtype=torch.float16),
         resnet50("resnet50-64-uint8", 64, **UINT8),
-        *(resnet50(f"resnet50-{n}-bf16-channels_last", n, **BF16_LAST) for n in (64, 256, 512)),
         Case("vit-b16", (64, 3, 224, 224), (64, 197, 768), 1000, **vit),
         Case("spectrogram", (64, 1, 128, 1024), (64, 512, 4, 32), 527),
     ]
@@ -149,19 +147,13 @@ def paper(device: str) -> list[Case]:
 
 def growth(quick: bool) -> dict[str, list[Case]]:
     """How the cost grows along one axis at a time, from the CIFAR shape."""
-    sizes = {
-        "batch": [1, 4, 16, 64, 256, 1024],
-        "channels": [64, 256, 1024, 4096],
-        "grid": [1, 2, 4, 8, 16, 32],
-        "augmentations": [1, 2, 4, 8],
+    axes = {
+        "batch": [wrn(f"batch={n}", n) for n in (1, 4, 16, 64, 256, 1024)],
+        "channels": [wrn(f"channels={n}", channels=n) for n in (64, 256, 1024, 4096)],
+        "grid": [wrn(f"grid={n}", 128, 64, grid_size=(n, n)) for n in (1, 2, 4, 8, 16, 32)],
+        "augmentations": [wrn(f"augmentations={n}", augmentations=n) for n in (1, 2, 4, 8)],
     }
-    if quick:
-        sizes = {"batch": [1, 2], "channels": [4, 8], "grid": [1, 2], "augmentations": [1, 2]}
-    batch, channels = (2, 8) if quick else (128, 640)
-
-    def case(axis: str, n: int) -> Case:
-        if axis == "grid":
-            return wrn(f"grid={n}", batch, sizes["channels"][0], grid_size=(n, n))
-        return wrn(f"{axis}={n}", **{"batch": batch, "channels": channels, axis: n})
-
-    return {axis: [case(axis, n) for n in values] for axis, values in sizes.items()}
+    if quick:  # the small end of each axis, on a small batch
+        small = {"images": (2, 3, 32, 32), "features": (2, 8, 8, 8)}
+        return {axis: [case._replace(**small) for case in axes[axis][:2]] for axis in axes}
+    return axes

@@ -23,16 +23,15 @@ import torch
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from benchmarks.speed import cases, results
-from benchmarks.speed.candidates import EAGER, compiled, copies, ours, own_backends, peers, stages
-from benchmarks.speed.compare import DEVICE_TIME, TIME, Prepared
+from benchmarks.speed import candidates, cases, results
+from benchmarks.speed.compare import DEVICE_TIME, OVER_COPY, TIME, Prepared
 from benchmarks.speed.measure import DeviceClock
 from benchmarks.speed.results import Row, row_of
 
 LEAST = ", least accepted"
 FALSE_ALARMS = 0.01
 """At most this share of checks of all ratios fails though nothing has changed."""
-PEER = "timm CutMix, batch (in place)"
+OTHERS = ("eager reference", "compiled reference", candidates.COPY, "timm CutMix, batch (in place)")
 KEY = ["case", "shape", "candidate", "figure"]
 
 
@@ -46,22 +45,21 @@ def main() -> None:
     if options.calibrate == 1:
         parser.error("--calibrate: one run does not show how far runs differ")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    here, run = results.device_name(device), results.describe_run(device)
     path = options.results / f"{results.file_name(device)}-check.csv"
     if options.once:
-        run = results.describe_run(device)
         results.write(options.once, run, measure(device, quick=False, rounds=options.rounds))
     elif options.calibrate:
         runs = [fresh_process(options.rounds) for _ in tqdm(range(options.calibrate))]
-        results.write(path, results.describe_run(device), calibration(runs))
+        results.write(path, run, calibration(runs))
         print(f"wrote {path}")
+    elif not path.exists() or (kept := results.read(path)).device[0] != here:
+        why = f"is of {kept.device[0]}, this is {here}" if path.exists() else "is missing"
+        sys.exit(f"{path} {why}: run with --calibrate 8 on this machine first")
     else:
-        kept, here = results.read(path) if path.exists() else None, results.device_name(device)
-        if kept is None or kept.device[0] != here:
-            found = "is missing" if kept is None else f"is of {kept.device[0]}, this is {here}"
-            sys.exit(f"{path} {found}: run with --calibrate 8 on this machine first")
-        verdict = verdicts(kept, fresh_process(options.rounds))
-        print(verdict.to_markdown(index=False, floatfmt=".2f"))
-        sys.exit(int((verdict.verdict == "FALLEN").any()))
+        table = verdicts(kept, fresh_process(options.rounds))
+        print(table.to_markdown(index=False, floatfmt=".2f"))
+        sys.exit(int((table.verdict == "FALLEN").any()))
 
 
 @torch.no_grad()
@@ -70,16 +68,14 @@ def measure(device: str, quick: bool, rounds: int) -> list[Row]:
     torch.manual_seed(0)
     np.random.seed(0)
     clock = DeviceClock() if device == "cuda" else None
-    own = [each for backend in own_backends(device) for each in (*ours(backend), *stages(backend))]
-    peer = [each for each in peers() if each.name == PEER]
-    # Cloning measures how the system hands out memory, and differs most from run to run.
-    moved = [each for each in copies() if not each.name.startswith("clone")]
+    own = [each.name for b in candidates.own_backends(device) for each in candidates.ours(b)]
+    everything = candidates.everything(device, quick)
     rows = []
     for case in cases.headline(device, quick):
-        chosen = [*own, EAGER, compiled(device, quick)[0], *moved, *peer]
+        chosen = [each for each in everything if each.name in (*own, *OTHERS)]
         prepared = Prepared(case, chosen, device, clock)
         found = prepared.ratio_rows(prepared.samples(DEVICE_TIME if clock else TIME, rounds))
-        rows += [row for row in found if "copy_" not in row.figure]  # of those less is better
+        rows += [row for row in found if row.figure != OVER_COPY]  # there lower is better
         rows += prepared.missing
     return rows
 
@@ -98,8 +94,8 @@ def calibration(runs: list[pd.DataFrame]) -> list[Row]:
     common = {key: values for key, values in found if len(values) == len(runs)}
     rows = []
     for (*where, figure), values in common.items():
-        rows.append(row_of(tuple(where), figure, values, "x"))
         least = least_accepted(values, FALSE_ALARMS / len(common))
+        rows.append(row_of(tuple(where), figure, values, "x"))
         rows.append(Row(*where, figure + LEAST, float(f"{least:.6g}"), "x"))
     return rows
 
@@ -113,20 +109,18 @@ def least_accepted(values: pd.Series, chance: float) -> float:
 
 def verdicts(kept: pd.DataFrame, today: pd.DataFrame) -> pd.DataFrame:
     """Every kept ratio, the least accepted, today's, and whether it has fallen."""
-    is_limit = kept.figure.str.endswith(LEAST)
-    limits = kept[is_limit].assign(figure=kept.figure.str.removesuffix(LEAST))
-    table = kept[~is_limit][[*KEY, "value"]].merge(limits[[*KEY, "value"]], on=KEY)
-    present = today.dropna(subset="value")[[*KEY, "value"]]
-    table = table.merge(present, on=KEY, how="left", suffixes=(None, "_today"))
-    table.columns = [*KEY, "kept", "least", "today"]
+    kept, present = kept.set_index(KEY).value, today.dropna(subset="value").set_index(KEY).value
     missing = today[today.value.isna()].set_index("candidate").note.to_dict()
-
-    def verdict(row: pd.Series) -> str:
-        if pd.isna(row.today) and row.candidate in missing:
-            return f"absent: {missing[row.candidate]}"
-        return "" if row.today >= row.least else "FALLEN"  # or gone
-
-    return table.assign(verdict=table.apply(verdict, axis=1)).drop(columns="shape")
+    rows = []
+    for *where, figure in (key for key in kept.index if not key[-1].endswith(LEAST)):
+        key, candidate = (*where, figure), where[2]
+        least, now = kept[(*where, figure + LEAST)], present.get(key, math.nan)
+        verdict = "" if now >= least else "FALLEN"  # or gone: now is NaN
+        if key not in present and candidate in missing:
+            verdict = f"absent: {missing[candidate]}"
+        rows.append((where[0], candidate, figure, kept[key], least, now, verdict))
+    columns = ["case", "candidate", "figure", "kept", "least", "today", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 if __name__ == "__main__":

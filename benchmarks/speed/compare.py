@@ -4,9 +4,8 @@
     python -m benchmarks.speed.compare --quick    does it run? Tiny shapes, meaningless figures
 
 Writes <machine>.csv, one figure a row, and plots; on CUDA where there is a device, else on the CPU.
-The CSV is rewritten after every section, and the slowest section, compiling the reference, comes
-last: `python -m benchmarks.speed.plots` draws what a run that was stopped has left. What cannot run
-is a row without a value that says why.
+The CSV is rewritten after every section; `python -m benchmarks.speed.plots` draws what a run that
+was stopped has left. What cannot run is a row without a value that says why.
 """
 
 import argparse
@@ -27,8 +26,7 @@ from benchmarks.speed.candidates import (
     EAGER,
     Candidate,
     Run,
-    compiled,
-    copies,
+    copy_of_the_floor,
     everything,
     ours,
     own_backends,
@@ -47,6 +45,7 @@ OVER_FLOOR = "time / the floor at the copy bandwidth"
 OVER_LARGER_FLOOR = "time / that floor or two launches"
 N_CALLS = "time / n calls of one"
 WAITS = "it waits for the device"
+LOAD = "load average at the start"
 
 
 def main() -> None:
@@ -64,8 +63,9 @@ def main() -> None:
     np.random.seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = directory / f"{results.file_name(device)}.csv"
-    run, rows = results.describe_run(device), [load_average()]
-    print(f"load average at the start: {rows[0].value} (near 0, or the times are too long)")
+    load = round(os.getloadavg()[0], 2)
+    run, rows = results.describe_run(device), [Row("machine", "", "all", LOAD, load)]
+    print(f"{LOAD}: {load} (near 0, or the times are too long)")
     clock = DeviceClock() if device == "cuda" else None
     rounds = 5 if options.quick else options.rounds
     for more in measure_all(device, clock, options.quick, rounds):
@@ -80,12 +80,6 @@ def main() -> None:
     print(f"{results.summary(results.read(path))}\n\nwrote {path} and its plots")
 
 
-def load_average() -> Row:
-    """What else ran."""
-    load = round(os.getloadavg()[0], 2)
-    return Row("machine", "", "all", "load average at the start", load)
-
-
 def measure_all(
     device: str, clock: DeviceClock | None, quick: bool, rounds: int
 ) -> Iterator[list[Row]]:
@@ -95,7 +89,9 @@ def measure_all(
     backends = (*own_backends(device), "reference")
     yield from guarded("tiny", host_times(backends, device, rounds))
     for case in headlines:
-        yield from guarded(case.name, headline(case, everything(device), device, clock, rounds))
+        yield from guarded(
+            case.name, headline(case, everything(device, quick), device, clock, rounds)
+        )
     if clock is None:
         yield from guarded("peak memory", peak_memory(quick))
     for axis, points in cases.growth(quick).items():
@@ -103,15 +99,7 @@ def measure_all(
     steps = 3 if quick else max(15, rounds // 8)
     yield from guarded("training step", measure_steps(device, quick, steps), grad=True)
     for case in headlines:
-        yield from guarded(case.name, count(case, everything(device), device, clock))
-    slow = compiled(device, quick)
-    names = {candidate.name for candidate in slow}
-    for case in headlines:
-        # Among all the others again, so that the caches are in the same state.
-        again = headline(case, [*everything(device), *slow], device, clock, rounds)
-        chosen = ([row for row in rows if row.candidate in names] for rows in again)
-        yield from guarded(case.name, chosen)
-        yield from guarded(case.name, count(case, slow, device, clock))
+        yield from guarded(case.name, count(case, everything(device, quick), device, clock))
 
 
 def guarded(section: str, measured: Iterable[list[Row]], grad: bool = False) -> Iterator[list[Row]]:
@@ -283,7 +271,7 @@ def grow(
     chosen = [EAGER, *(each for backend in own_backends(device) for each in ours(backend)[:2])]
     for case in points:
         several = {c.name: n_calls_of_one(c) for c in chosen if case.augmentations > 1}
-        prepared = Prepared(case, [*chosen, copies()[0], *several.values()], device, clock)
+        prepared = Prepared(case, [*chosen, copy_of_the_floor(), *several.values()], device, clock)
         samples = prepared.samples(figure, rounds)
         for name, repeated in several.items():
             if name in samples and repeated.name in samples:

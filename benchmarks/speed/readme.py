@@ -15,71 +15,41 @@ from typing import NamedTuple
 import pandas as pd
 
 from benchmarks.speed.candidates import TARGETS as WITH_TARGETS
+from benchmarks.speed.candidates import two_launches
 from benchmarks.speed.compare import DEVICE_TIME, N_CALLS, OVER_COPY, TIME
 from benchmarks.speed.host import HOST_TIME, STUBBED
-from benchmarks.speed.memory import LATER_PEAK
+from benchmarks.speed.memory import LATER_PEAK, PEAK
 from benchmarks.speed.results import RESULTS, ROOT, find, read
 
 FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BACKENDS = ("triton", "cuda", "cpp")
-NO_MIXUPS = "copy_|clone|sum of|two launches"
 
 
 class Target(NamedTuple):
     """What the project set out to reach."""
 
     words: str
-    file: str
-    cases: tuple[str, ...]
-    candidate: str
-    figure: str
     sense: str
     """``at most`` or ``at least``."""
     bound: float
+    where: tuple[str, ...]
+    """A file and cases in it."""
+    candidate: str
+    figure: str
 
 
-CPU, X4 = ("cpu", ("cifar", "imagenet")), ("cpu", ("augmentations=4",))
-PEAK_BOUND = 1024 + 8 * 64 * 7 * 7 / 1024  # 1 MiB and 8 bytes per cell
-STUB = f"triton function{STUBBED}"
+CPU, X4, HOST = ("cpu", "cifar", "imagenet"), ("cpu", "augmentations=4"), ("host", "tiny")
+COPYING = "`cpp` with `out=` over copying the same bytes"
+FOUR_CALLS = "`cpp`, one call with four augmentations over four calls"
+MOST = 1024 + 8 * 64 * 7 * 7 / 1024  # KiB: 1 MiB and 8 bytes per cell
+STUB, STUB_WORDS = f"triton function{STUBBED}", "`triton`, host time of a call, launcher stubbed"
 TARGETS = [
-    Target(
-        "`cpp` with `out=` over copying the same bytes",
-        *CPU,
-        "cpp, out=",
-        OVER_COPY,
-        "at most",
-        1.3,
-    ),
-    Target("eager reference over `cpp`", *CPU, "eager reference", "time / cpp", "at least", 8),
-    Target(
-        "compiled reference over `cpp`", *CPU, "compiled reference", "time / cpp", "at least", 3
-    ),
-    Target(
-        "`cpp`, one call with four augmentations over four calls",
-        *X4,
-        "cpp",
-        N_CALLS,
-        "at most",
-        0.7,
-    ),
-    Target(
-        "`cpp`, peak memory beyond the outputs",
-        "cpu",
-        ("imagenet",),
-        "cpp",
-        LATER_PEAK,
-        "at most",
-        PEAK_BOUND,
-    ),
-    Target(
-        "`triton`, host time of a call, launcher stubbed",
-        "host",
-        ("tiny",),
-        STUB,
-        HOST_TIME,
-        "at most",
-        15,
-    ),
+    Target(COPYING, "at most", 1.3, CPU, "cpp, out=", OVER_COPY),
+    Target("eager reference over `cpp`", "at least", 8, CPU, "eager reference", "time / cpp"),
+    Target("compiled reference over `cpp`", "at least", 3, CPU, "compiled reference", "time / cpp"),
+    Target(FOUR_CALLS, "at most", 0.7, X4, "cpp", N_CALLS),
+    Target(f"`cpp`, {PEAK}", "at most", MOST, ("cpu", "imagenet"), "cpp", LATER_PEAK),
+    Target(STUB_WORDS, "at most", 15, HOST, STUB, HOST_TIME),
 ]
 
 
@@ -115,28 +85,30 @@ def benchmarks(directory: Path) -> str:
 
 
 def machine(rows: pd.DataFrame, path: Path) -> str:
-    cases = rows[rows.candidate == "floor"].case
-    rows = rows[rows.case.isin(cases) & rows.value.notna()]
+    rows = rows[rows.case.isin(rows[rows.candidate == "floor"].case) & rows.value.notna()]
     own = next(backend for backend in BACKENDS if backend in {*rows.candidate})
     time = DEVICE_TIME if DEVICE_TIME in {*rows.figure} else TIME
     mixes = rows.figure.isin([f"time / {own}", f"time / {own}{WITH_TARGETS}"])
-    ratios = rows[mixes & ~rows.candidate.str.contains(NO_MIXUPS)]
+    ratios = rows[mixes & ~rows.candidate.str.contains(f"copy_|{two_launches().name}")]
     times = rows[(rows.figure == time) & rows.candidate.isin([own, f"{own}, out="])]
     between = pd.DataFrame(index=["**Time of a call (lower is better)**"])
-    table = pd.concat([by_case(ratios), between, by_case(times)]).fillna("")
-    table = table.rename(
-        index={own: f"`{own}`", f"{own}, out=": f"`{own}` with `out=`"},
-        columns={case: f"{case}: {shape}" for case, shape in zip(rows.case, rows["shape"])},
+    table = (
+        pd.concat([by_case(ratios), between, by_case(times)])
+        .fillna("")
+        .rename(
+            index={own: f"`{own}`", f"{own}, out=": f"`{own}` with `out=`"},
+            columns={case: f"{case}: {shape}" for case, shape in zip(rows.case, rows["shape"])},
+        )
     )
     table.index.name = "Speed-up over other libraries (higher is better)"
     run, rounds = rows.iloc[0], rows.rounds.max()
     torch = next(each for each in run.versions.split("; ") if each.startswith("torch "))
-    note = " Adapters are our versions of papers that no library provides."
-    return (
+    caption = (
         f"`{own}` on {run.device}, {torch}, {run.date[:10]}, commit {run.commit}: medians of up to "
-        f"{rounds} interleaved rounds ([all figures](benchmarks/results/{path.name})).{note}\n\n"
-        + markdown(table.reset_index())
+        f"{rounds} interleaved rounds ([all figures](benchmarks/results/{path.name})). Adapters "
+        "are our versions of papers that no library provides."
     )
+    return f"{caption}\n\n{markdown(table.reset_index())}"
 
 
 def by_case(rows: pd.DataFrame) -> pd.DataFrame:
@@ -148,21 +120,18 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 def targets(directory: Path) -> str:
     """Each target, what was measured, and whether that meets it."""
     lines = []
-    for target in TARGETS:
-        rows = read(directory / f"{target.file}.csv")
-        found = [find(rows, case, target.candidate, target.figure) for case in target.cases]
+    for words, sense, bound, (file, *cases), candidate, figure in TARGETS:
+        rows = read(directory / f"{file}.csv")
+        found = [find(rows, case, candidate, figure) for case in cases]
         values = {row.case: row.value for row in found if row is not None}
         unit = next((row.unit for row in found if row is not None), "")
-        sign = 1 if target.sense == "at most" else -1
-        met = all(sign * value <= sign * target.bound for value in values.values())
-        line = {
-            "target": target.words,
-            "bound": f"{target.sense} {quantity(f'{target.bound:.5g}', unit)}",
-            "measured": ", ".join(f"{case}: {shown(values[case], unit, 3)}" for case in values),
-            "met": ("yes" if met else "no") if len(values) == len(found) else "not measured",
-        }
-        lines.append(line)
-    return markdown(pd.DataFrame(lines))
+        met = all(
+            value <= bound if sense == "at most" else value >= bound for value in values.values()
+        )
+        verdict = ("yes" if met else "no") if len(values) == len(cases) else "not measured"
+        measured = ", ".join(f"{case}: {shown(values[case], unit, 3)}" for case in values)
+        lines.append((words, f"{sense} {quantity(f'{bound:.5g}', unit)}", measured, verdict))
+    return markdown(pd.DataFrame(lines, columns=["target", "bound", "measured", "met"]))
 
 
 def shown(value: float, unit: str, ratio_digits: int = 2) -> str:
@@ -176,8 +145,8 @@ def quantity(number: str, unit: str) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    right = ["left", *["right"] * (table.shape[1] - 1)]
-    return table.to_markdown(index=False, disable_numparse=True, colalign=right, tablefmt="github")
+    align = ["left", *["right"] * (table.shape[1] - 1)]
+    return table.to_markdown(index=False, disable_numparse=True, colalign=align, tablefmt="github")
 
 
 if __name__ == "__main__":
