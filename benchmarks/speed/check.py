@@ -31,7 +31,7 @@ from benchmarks.speed.results import Row, row_of
 LEAST = ", least accepted"
 FALSE_ALARMS = 0.01
 """At most this share of checks of all ratios fails though nothing has changed."""
-OTHERS = ("eager reference", "compiled reference", candidates.COPY, "timm CutMix, batch (in place)")
+OTHERS = (candidates.EAGER.name, candidates.COPY, "timm CutMix, batch (in place)")
 KEY = ["case", "shape", "candidate", "figure"]
 
 
@@ -69,10 +69,10 @@ def measure(device: str, quick: bool, rounds: int) -> list[Row]:
     np.random.seed(0)
     clock = DeviceClock() if device == "cuda" else None
     own = [each.name for b in candidates.own_backends(device) for each in candidates.ours(b)]
-    everything = candidates.everything(device, quick)
+    chosen = [each for each in candidates.everything(device) if each.name in (*own, *OTHERS)]
+    chosen += candidates.compiled(device, quick)[:1]
     rows = []
     for case in cases.headline(device, quick):
-        chosen = [each for each in everything if each.name in (*own, *OTHERS)]
         prepared = Prepared(case, chosen, device, clock)
         found = prepared.ratio_rows(prepared.samples(DEVICE_TIME if clock else TIME, rounds))
         rows += [row for row in found if row.figure != OVER_COPY]  # there lower is better

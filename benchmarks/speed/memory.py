@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from benchmarks.speed.candidates import Run, build_plain
+from benchmarks.speed.candidates import COMPILED, Run, build_plain
 from benchmarks.speed.cases import Case, fill, headline, make_data
 from benchmarks.speed.measure import reason
 from benchmarks.speed.results import Row, absent, row_of
@@ -28,7 +28,6 @@ from sg_kernels import available_backends, saliency_graft
 READINGS = 9
 PEAK = "peak memory beyond the outputs"
 FIRST_PEAK, LATER_PEAK = f"{PEAK}, first call", f"{PEAK}, later calls"
-COMPILED = "compiled reference"
 
 
 def peak_memory(quick: bool) -> Iterator[list[Row]]:
