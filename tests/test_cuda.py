@@ -1,4 +1,4 @@
-"""csrc/cuda: its launches, counted in the emulation, and what its library needs of torch."""
+"""csrc: CUDA's launches, counted in the emulation, and what both compiled libraries share."""
 
 import ctypes
 import json
@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +13,21 @@ from conftest import assert_same_bits, random_bits
 
 import sg_kernels
 from sg_kernels import backends
+from sg_kernels.call import NORM, NORMALIZE, Call
 from sg_kernels.ops import overload
 
+# The compiled backends that take CPU tensors here.
+COMPILED = [
+    name
+    for name in ("cpp", "cuda")
+    if name in sg_kernels.available_backends() and "cpu" in backends.DEVICES[name]
+]
 EMULATION = os.environ.get("SG_KERNELS_EMULATION")
 emulated = pytest.mark.skipif(not EMULATION, reason="the emulation counts launches")
 
 
 def launches(call):
+    """How many kernels ``call`` launches."""
     count = ctypes.CDLL(EMULATION).emulated_launches
     before = count()
     call()
@@ -48,7 +54,7 @@ def saliency_graft(batch, grid_size=None, map_size=(4, 4), channels=6, **options
     ],
 )
 def test_a_small_batch_takes_one_launch(options):
-    # The emulated device holds 12 blocks at once: 4 multiprocessors of 3.
+    # The emulated device runs 12 blocks at once: 3 on each of 4 multiprocessors.
     assert launches(lambda: saliency_graft(**options)) == 1
 
 
@@ -64,24 +70,25 @@ def test_a_small_batch_takes_one_launch(options):
         {"batch": 16, "grid_size": (4, 4), "map_size": (64, 64)},
     ],
 )
-def test_a_larger_one_takes_two(options):
+def test_a_larger_batch_takes_two_launches(options):
     assert launches(lambda: saliency_graft(**options)) == 2
 
 
 @emulated
+@pytest.mark.filterwarnings("ignore:.*grid of one cell")
 @pytest.mark.parametrize(
     ("grid_size", "map_size", "expected"),
     [
-        # 32 threads share a cell's values, and add up to 64 each.
+        # 32 threads share the values of a cell, at most 64 each.
         ((1, 1), (64, 32), 2),
         ((1, 1), (46, 45), 3),
-        # Of a block there are 256, for 64 of 128 x 128 values each.
+        # 256 threads share 128 x 128 values, 64 each.
         ((8, 8), (128, 128), 2),
         ((8, 8), (129, 128), 3),
         ((16, 16), (200, 200), 3),
     ],
 )
-def test_a_map_of_many_values_takes_a_launch_more(grid_size, map_size, expected):
+def test_more_values_than_threads_can_add_up_take_a_third_launch(grid_size, map_size, expected):
     assert launches(lambda: saliency_graft(16, grid_size, map_size, channels=1)) == expected
 
 
@@ -106,7 +113,7 @@ def test_a_call_holds_8_bytes_a_cell_and_little_else(tmp_path, ready, map_size, 
 
 
 @emulated
-def test_the_graft_and_its_gradient_take_one_each():
+def test_the_graft_and_its_gradient_take_one_launch_each():
     images = torch.rand(16, 3, 16, 16, requires_grad=True)
     mask, index = torch.rand(16, 4, 4) < 0.5, torch.randperm(16)
     grafted = []
@@ -127,7 +134,7 @@ def test_splits_change_nothing_but_rounding(batch):
 
 
 @emulated
-def test_every_part_of_a_row_is_of_one_mask():
+def test_all_parts_of_a_row_use_the_same_mask():
     images, saliency = random_bits((3, 3, 64, 64), torch.float32), torch.rand(3, 16, 16)
     options = {"saliency": saliency, "keep_prob": 0.5, "seed": 1, "backend": "cuda"}
     result = sg_kernels.saliency_graft(images, **options)
@@ -172,7 +179,7 @@ def test_an_infinite_norm_gives_the_area_ratio(backend, norm):
         seed=0,
         backend=backend,
     )
-    # The infinite cell is the only one grafted over: what is left of the norm is finite.
+    # Only the infinite cell is grafted over, so the norm that is left is finite.
     assert result.mask.flatten(1).tolist() == [[True, False, False, False], [False] * 4]
     assert result.lam.tolist() == [0.25, 0.0]
 
@@ -181,21 +188,79 @@ def test_an_infinite_norm_gives_the_area_ratio(backend, norm):
 @pytest.mark.parametrize(
     "library", [backends.CPP_LIBRARY, backends.CUDA_LIBRARY], ids=["cpu", "cuda"]
 )
-def test_a_library_needs_of_torch_only_its_stable_abi(library):
+def test_a_library_uses_only_the_stable_abi_of_torch(library):
     if not library.exists():
         pytest.skip(f"{library.name} is not built")
     command = ["nm", "--dynamic", "--undefined-only", "--demangle", "--format=posix", library]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     symbols = [line.removesuffix(" U ").rsplit(" U", 1)[0] for line in listed.splitlines()]
     shim = [name for name in symbols if re.match(r"(aoti_)?torch_", name)]
-    assert "torch_library_impl" in shim  # the list is the right one
+    assert "torch_library_impl" in shim  # the symbols were read
     strangers = re.compile(r"(at|c10|torch|caffe2|pybind11)::|_?Py[A-Z_]|cuda[A-Z]|cu[A-Z]")
     assert [name for name in symbols if strangers.match(name)] == []
 
 
-def test_setup_asks_for_cuda_as_the_environment_says():
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "setup.py", "--version"]
-    environment = {**os.environ, "SG_KERNELS_CUDA": "perhaps"}
-    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert "SG_KERNELS_CUDA must be 0, 1 or auto; got 'perhaps'" in process.stderr
+def raw_call(**fields):
+    fields = {
+        "images": torch.rand(2, 3, 8, 8),
+        "seed": torch.tensor([1]),
+        "grid_size": (2, 2),
+        "temperature": 0.2,
+        "threshold": 0.25,
+        "normalize": NORMALIZE.index("max"),
+        "norm": NORM.index("l1"),
+        "features": torch.rand(2, 4, 2, 2),
+        **fields,
+    }
+    return Call(**fields)
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+@pytest.mark.parametrize(("field", "names"), [("normalize", NORMALIZE), ("norm", NORM)])
+def test_positions_of_no_name_are_refused(compiled, field, names):
+    operator = overload("saliency_graft", compiled)
+    for position in (-1, len(names)):
+        with pytest.raises(RuntimeError, match=rf"{field} must be in 0 \.\. {len(names) - 1}; got"):
+            operator(*raw_call(**{field: position}))
+    for position in range(len(names)):
+        operator(*raw_call(**{field: position}))
+
+
+class Allocations(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks"),
+            *("uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def allocated():
+    """Bytes that C and C++ hold."""
+    try:
+        statistics = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        pytest.skip("mallinfo2 came with glibc 2.33")
+    statistics.restype = Allocations
+    return statistics().uordblks
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+@pytest.mark.parametrize("out", [False, True])
+def test_calls_leave_no_memory_behind(compiled, out):
+    operator = overload("saliency_graft", compiled)
+    arguments = raw_call(
+        targets=torch.tensor([0, 1]),
+        num_classes=2,
+        step=torch.tensor([0]),
+        out=torch.empty(2, 3, 8, 8) if out else None,
+    )
+    for _ in range(100):  # fills caches
+        operator(*arguments)
+    before, calls = allocated(), 400
+    for _ in range(calls):
+        operator(*arguments)
+    assert allocated() - before < 8 * calls

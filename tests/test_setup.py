@@ -1,4 +1,4 @@
-"""What setup.py builds and packs, with compilers that only write down what they are asked."""
+"""What setup.py builds and packs, with compilers that only record their arguments."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ cp "$CUDA_HOME/library" "$output"
 
 
 class Tree:
-    """A copy of what is packed, beside an nvcc that knows sm_80 and sm_90."""
+    """A copy of the packed files, beside an nvcc that knows sm_80 and sm_90."""
 
     def __init__(self, path):
         self.path, self.cuda = path / "tree", path / "cuda"
@@ -49,7 +49,7 @@ class Tree:
     def setup(self, *arguments, **environment):
         without = ("SG_KERNELS_", "TORCH_CUDA_ARCH_LIST")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(without)}
-        # The CPU's library is tested elsewhere.
+        # Other tests cover the CPU library.
         compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), "true")
         return subprocess.run(
             [sys.executable, "setup.py", *arguments],
@@ -60,16 +60,19 @@ class Tree:
         )
 
     def wheel(self, **environment):
-        """The files of the one wheel."""
+        """The files in the wheel that is built."""
         process = self.setup("bdist_wheel", **environment)
         assert process.returncode == 0, process.stderr
         (wheel,) = (self.path / "dist").glob("*.whl")
         assert "-py3-none-" in wheel.name
         return zipfile.ZipFile(wheel).namelist()
 
+    def arguments(self):
+        """The arguments of the last compilation."""
+        return (self.cuda / "arguments").read_text().split()
+
     def targets(self):
-        """What the library was last compiled for."""
-        words = (self.cuda / "arguments").read_text().split()
+        words = self.arguments()
         return [word.rpartition("=")[2] for word in words if word.startswith("-gencode")]
 
 
@@ -78,22 +81,22 @@ def tree(tmp_path):
     return Tree(tmp_path)
 
 
-def test_a_wheel_holds_the_second_library_only_if_it_is_wanted(tree):
+def test_a_wheel_holds_the_cuda_library_unless_it_is_unwanted(tree):
     assert LIBRARY in tree.wheel()
     assert tree.targets() == ["sm_80", "sm_90", "compute_90"]
     files = tree.wheel(SG_KERNELS_CUDA="0")
-    assert "sg_kernels/functional.py" in files
+    assert {"sg_kernels/functional.py", "sg_kernels/backends/triton/plan.py"} <= set(files)
     assert LIBRARY not in files
 
 
-def test_architectures_that_are_asked_for_are_taken_as_they_are(tree):
+def test_the_environment_names_the_architectures(tree):
     tree.wheel()
-    # Nothing but the list has changed.
+    # Only the list has changed, and yet the library is compiled again.
     assert LIBRARY in tree.wheel(TORCH_CUDA_ARCH_LIST="10.0+PTX")
     assert tree.targets() == ["sm_100", "compute_100"]
 
 
-def test_an_nvcc_that_fails_is_warned_of_or_an_error_where_its_library_is_demanded(tree):
+def test_a_failing_nvcc_is_a_warning_or_with_cuda_demanded_an_error(tree):
     tree.wheel()
     tree.fails()
     process = tree.setup("bdist_wheel", SG_KERNELS_CUDA="1")
@@ -103,9 +106,9 @@ def test_an_nvcc_that_fails_is_warned_of_or_an_error_where_its_library_is_demand
     assert 'building extension "sg_kernels.libsg_kernels_cuda" failed' in process.stderr
 
 
-def test_no_library_of_an_earlier_build_stays_in_place(tree):
+def test_a_build_without_the_library_removes_that_of_an_earlier_build(tree):
     library, arguments = tree.path / LIBRARY, ("build_ext", "--inplace", "--build-lib", "build/lib")
-    # Where the compiler leaves it.
+    # Where the compiler would leave it.
     cpu = tree.path / "build/lib/sg_kernels/libsg_kernels_cpu.so"
     cpu.parent.mkdir(parents=True)
     cpu.touch()
@@ -119,6 +122,20 @@ def test_no_library_of_an_earlier_build_stays_in_place(tree):
     assert library.exists()
     assert tree.setup(*arguments, SG_KERNELS_CUDA="0").returncode == 0
     assert not library.exists()
+
+
+def test_a_new_source_is_compiled_without_being_listed(tree):
+    (tree.path / "csrc/cuda/new.cu").touch()
+    tree.wheel()
+    sources = {str(path.relative_to(tree.path)) for path in tree.path.glob("csrc/cuda/*.c*")}
+    sources = {path for path in sources if not path.endswith(".cuh")}
+    assert {"csrc/operators.cpp", "csrc/cuda/new.cu", *sources} <= set(tree.arguments())
+    assert not any("csrc/cpu" in argument for argument in tree.arguments())
+
+
+def test_an_unknown_choice_of_cuda_is_refused(tree):
+    process = tree.setup("--version", SG_KERNELS_CUDA="perhaps")
+    assert "SG_KERNELS_CUDA must be 0, 1 or auto; got 'perhaps'" in process.stderr
 
 
 def test_an_old_setuptools_is_refused_in_one_line(tree, tmp_path):

@@ -1,4 +1,4 @@
-// Pass 2: everything of a row, from the saliency to its image, lam and target; and stage 8 alone.
+// Pass 2: from the saliency to a row's image, lam and target. And stage 8 alone.
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -65,7 +65,7 @@ class RowWorker {
     return storage.data();
   }
 
-  // Writes the outputs that belong to the row, not to a strip.
+  // Per-row outputs: mask, lam and target.
   void finish_row(const Strip& strip, const float* own_grid) {
     std::copy_n(mask_.get(), cells_, outputs_.mask + strip.row * cells_);
     const float* other_grid = on_grid(strip.other, other_grid_);

@@ -9,21 +9,21 @@
 namespace sg_kernels::cuda {
 namespace {
 
-// Splits of the channels at most: every block of launch 2 reads the sums of all of them.
+// Most splits of the channels: every block of launch 2 reads the sums of all of them.
 constexpr std::int64_t kMaxSplits = 16;
-// Partial sums of a sample, for the same reason: at most 8 a thread.
+// Most partial sums of a sample, for the same reason: 8 per thread.
 constexpr std::int64_t kMaxSums = 2048;
-// Bytes of all partial sums, so that a call needs less than 1 MiB beyond its outputs.
+// Most bytes of a call's partial sums: extra memory stays below 1 MiB.
 constexpr std::int64_t kPartialBytes = 1 << 20;
-// Cells of a ready map that a block of launch 1 checks, four a thread, and such blocks at most for
-// each sample.
+// Cells of a ready map that a block of launch 1 checks: 4 per thread.
 constexpr std::int64_t kCellsOfATile = 1024;
+// Most blocks per ready map: a batch of two already fills a device.
 constexpr std::int64_t kMaxTiles = 64;
 
-// Tiles are made lower until each multiprocessor has so many, rather than leave it idle.
+// Tiles shrink until there are this many per multiprocessor, to hide the latency of memory.
 constexpr std::int64_t kTilesPerSm = 2;
-// Blocks of launch 2 for each multiprocessor, twice what it runs at once. More blocks would work
-// out more masks again, fewer would end at different times.
+// Blocks of launch 2 per multiprocessor: two rounds, so that the last to finish cost little. More
+// would work out more masks again.
 constexpr std::int64_t kPartsPerSm = 2 * kBlocksPerSm;
 
 // Kernels count pixels, cells and bytes of a line in 32 bits, with room for a block that reaches
@@ -31,8 +31,9 @@ constexpr std::int64_t kPartsPerSm = 2 * kBlocksPerSm;
 void check_extents(const char* name, std::initializer_list<std::int64_t> extents) {
   constexpr std::int64_t kMaxExtent = std::int64_t{1} << 30;
   STD_TORCH_CHECK(
-      std::max(extents) <= kMaxExtent, name, ": the backend cuda takes sides up to ", kMaxExtent,
-      ", but one is ", std::max(extents));
+      std::max(extents) <= kMaxExtent, name,
+      ": the cuda backend takes lines, sides and maps of up to ", kMaxExtent, "; got ",
+      std::max(extents));
 }
 
 std::int32_t next_power_of_2(std::int64_t n) {
@@ -41,14 +42,14 @@ std::int32_t next_power_of_2(std::int64_t n) {
   return power;
 }
 
-// Whether every address is a multiple of kChunk.
+// Whether the address and all strides are multiples of kChunk.
 template <class... Addresses>
 bool aligned(const void* data, Addresses... strides) {
   return ((reinterpret_cast<std::uintptr_t>(data) | ... | static_cast<std::uintptr_t>(strides)) %
           kChunk) == 0;
 }
 
-// A stride of a dimension of one means nothing.
+// The stride of a dimension of size 1 means nothing.
 std::int64_t stride_of(std::int64_t size, std::int64_t stride) { return size > 1 ? stride : 0; }
 
 SaliencyPlan plan_channels_last(const Batch& features) {
@@ -69,7 +70,7 @@ SaliencyPlan plan_channels_last(const Batch& features) {
   return plan;
 }
 
-// A power of two, as many as fill the device.
+// Splits of the channels, a power of two: as many as the device runs at once.
 std::int32_t splits_of(const SaliencyPlan& plan, const Batch& features, std::int64_t blocks) {
   const std::int64_t cells = features.height * features.width;
   const std::int64_t batch = std::max<std::int64_t>(1, features.batch);
@@ -92,23 +93,19 @@ SaliencyPlan plan_given(Grid map, Grid grid, std::int32_t lanes) {
   return plan;
 }
 
-// The most cells of a map's axis that a cell of the grid averages over.
+// On one axis, the most positions of a map that a cell of the grid averages over.
 std::int64_t longest_window(std::int64_t size, std::int64_t cells) {
   return cells >= size ? 1 : ceil_div(size, cells) + (size % cells != 0);
 }
 
-// Neighbouring threads that share the values of a cell in stage 2, a power of two.
-std::int32_t lanes_of(Grid map, Grid grid) {
-  const std::int64_t values =
-      longest_window(map.height, grid.height) * longest_window(map.width, grid.width);
-  return std::min(kWarp, next_power_of_2(values));
+// The same on both axes.
+std::int64_t values_of(Grid map, Grid grid) {
+  return longest_window(map.height, grid.height) * longest_window(map.width, grid.width);
 }
 
-// How many values a thread of launch 2 adds up for its cells: splits, times the values of a cell's
-// window that fall to it, times the cells of its group.
-std::int64_t terms_of(Grid map, Grid grid, std::int64_t lanes, std::int64_t splits) {
-  return splits * ceil_div(ceil_div(map.cells(), grid.cells()), lanes) *
-         ceil_div(grid.cells() * lanes, kThreads);
+// The values, splits times window, that a thread of launch 2 adds up for all its cells.
+std::int64_t terms_of(std::int64_t values, std::int64_t splits, Grid grid, std::int64_t lanes) {
+  return splits * ceil_div(values, lanes) * ceil_div(grid.cells() * lanes, kThreads);
 }
 
 // Sets the width of a chunk, in bytes.
@@ -209,19 +206,20 @@ Plan plan_call(const Call& call, const Batch& out, int multiprocessors) {
       {map.cells(), grid.cells(), (map.height + 1) * grid.height, (map.width + 1) * grid.width});
   Plan plan{};
   plan.tile = plan_tile(call.images, out, grid, false, multiprocessors);
-  plan.lanes = lanes_of(map, grid);
+  const std::int64_t values = values_of(map, grid);
+  plan.lanes = std::min(kWarp, next_power_of_2(values));
   std::int64_t terms;
   if (call.ready) {
     plan.saliency = plan_given(map, grid, plan.lanes);
-    plan.resampled = map.height != grid.height || map.width != grid.width;
-    terms = terms_of(grid, grid, 1, 1);
+    plan.gridded = map.height != grid.height || map.width != grid.width;
+    terms = terms_of(1, 1, grid, 1);
   } else {
     // If the copy is too large for a single launch, launch 1 has the device for itself.
     const std::int64_t single = std::int64_t{kLargeBlocksPerSm} * multiprocessors;
     const bool alone = call.rows() * plan.tile.tiles > single;
     plan.saliency =
         plan_saliency(call.features, alone ? std::int64_t{kBlocksPerSm} * multiprocessors : single);
-    terms = terms_of(map, grid, plan.lanes, plan.saliency.splits);
+    terms = terms_of(values, plan.saliency.splits, grid, plan.lanes);
   }
   plan.at_once = grid.cells() <= kMaxCells && terms <= kMaxTerms;
   plan.parts = 1;

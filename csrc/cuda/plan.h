@@ -1,5 +1,5 @@
-// What a call launches: pure functions of sizes, strides and the number of multiprocessors. The
-// same policy as in sg_kernels/backends/triton/plan.py; no CUDA in here.
+// What a launch looks like, decided from sizes, strides and the number of multiprocessors alone.
+// sg_kernels/backends/triton/plan.py describes the policy, which both backends share.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,17 @@
 
 namespace sg_kernels::cuda {
 
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;  // per block
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kChunk = 16;  // bytes of the widest access
 
-// Blocks that registers must leave room for on a multiprocessor, so that enough loads are in
-// flight:
+// Target occupancy, in blocks per multiprocessor; it leaves a thread 64 registers.
 constexpr int kBlocksPerSm = 4;
-// of the gradient and of the single launch, which would spill at four.
+// Lower for the gradient and the single-launch kernel, which take up to 80.
 constexpr int kLargeBlocksPerSm = 3;
 
-// Loads that a thread has in flight: chunks of the features, lines of an image.
+// Loads in flight per thread, of features and of images: as many as 64 registers hold.
 constexpr int kChunksInFlight = 4;
 constexpr int kLinesInFlight = 4;
 
@@ -28,12 +27,13 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 
 enum class Layout { kPlanes, kChannelsLast, kGiven };
 
-// How launch 1 reads a map's channels. kPlanes: rows of `planes` channels each, so many that a row
-// is a whole number of chunks; a thread adds up one chunk of many rows. kChannelsLast: `lanes`
+// How launch 1 sums channels. kPlanes: it reads rows of `planes` channels, so many that a row is a
+// whole number of chunks, and a thread adds up one chunk of many rows. kChannelsLast: `lanes`
 // neighbouring threads add up the channels of a cell. kGiven: the map is ready.
 struct SaliencyPlan {
   Layout layout;
-  bool wide, dense;      // chunks of kChunk bytes, not of one element; cells lie side by side
+  bool wide;             // a chunk is kChunk bytes, not one element
+  bool dense;            // cells lie side by side
   std::int32_t planes;   // of a row
   std::int32_t chunks;   // of a row, or of a cell's channels
   std::int32_t columns;  // chunks of a row that a block reads
@@ -42,7 +42,7 @@ struct SaliencyPlan {
   std::int32_t tiles, splits;  // of a sample; each split writes its own partial sums
 };
 
-// `blocks`: how many run at once.
+// `blocks`: how many the device runs at once.
 SaliencyPlan plan_saliency(const Batch& features, std::int64_t blocks);
 
 // How images are copied. An image is lines of chunks: a line is a row of pixels of one channel, or
@@ -68,20 +68,21 @@ struct Tile {
 Tile plan_tile(
     const Batch& images, const Batch& out, Grid grid, bool arithmetic, int multiprocessors);
 
-// Cells up to which every block of launch 2 works out its row's mask and copies: they take 9 KiB of
-// shared memory, and at most four rounds of a block. The mask of a finer grid is worked out once a
-// row, and a third launch copies.
+// Largest grid whose mask every block of launch 2 works out before it copies: four cells a thread,
+// and 9 KiB of shared memory. Beyond this limit or the next, one block a row works out the mask,
+// and a third launch copies.
 constexpr std::int64_t kMaxCells = 1024;
-// The same limit for the values, of all splits and windows, that a thread adds up for its cells.
+// Most values, splits times window, that a thread of launch 2 adds up for all its cells. Triton's
+// programs have half the threads, and twice the limit.
 constexpr std::int64_t kMaxTerms = 64;
 
 // Both launches of a call.
 struct Plan {
   SaliencyPlan saliency;
   std::int32_t lanes;  // neighbouring threads that share the values of a cell in stage 2
-  bool resampled;      // launch 1 resamples a ready map, and launch 2 finds it on the grid
+  bool gridded;        // launch 1 resamples a ready map to the grid
   Tile tile;
-  bool at_once;        // launch 2 copies, too; otherwise a third launch does
+  bool at_once;        // mask and copy in one launch, else two
   std::int32_t parts;  // blocks of launch 2 that share a row's tiles
 };
 

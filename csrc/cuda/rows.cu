@@ -1,5 +1,5 @@
-// Launch 2: everything of a row, from the saliency to its image, lam and target. Both launches are
-// one if all their blocks run at once. And stage 8 alone.
+// Launch 2: from the saliency to a row's image, lam and target. If the device runs all blocks of
+// both launches at once, they are one launch. And stage 8 alone.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -18,7 +18,7 @@ struct RowsWork {
   Outputs outputs;
   Maps maps;
   Tile tile;
-  bool at_once;        // the blocks copy, too; otherwise a third launch does
+  bool at_once;        // mask and copy in one launch, else two
   std::int32_t parts;  // blocks that share a row's tiles
   const std::uint64_t* call_seed;
   float* grids;  // (rows, 2, cells), of own and other, for maps that no block can hold
@@ -26,8 +26,7 @@ struct RowsWork {
   SG_HOST_DEVICE std::int64_t tasks() const { return outputs.images.batch * parts; }
 };
 
-// Writes the outputs that belong to the row, not to a part: mask, lam, target and, if the map was
-// split, its sum.
+// Per-row outputs: mask, lam, target and, if split, the full map.
 __device__ void finish_row(
     const RowsWork& work, std::int64_t row, std::int64_t own, std::int64_t other, bool valid,
     const float* own_grid, const float* other_grid, const bool* mask) {
@@ -111,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) mix_targets_kernel(MixTargets work) 
       work.mixed + row * work.targets.classes);
 }
 
-// Whether so many blocks of a kernel run at once.
+// Whether the device runs all these blocks of a kernel at once.
 template <class Kernel>
 bool fits(Kernel kernel, std::int64_t blocks, int multiprocessors) {
   if (blocks > std::int64_t{kLargeBlocksPerSm} * multiprocessors) return false;
@@ -142,7 +141,7 @@ SaliencyWork saliency_work(
   if (plan.saliency.splits > 1)
     work.partials = scratch<float>(context, plan.saliency.splits * batch * call.map.cells());
   if (call.ready) work.given = maps_of(call.saliency, batch, call.map, call.grid, 1, plan.lanes);
-  if (plan.resampled) work.grid = scratch<float>(context, batch * call.grid.cells());
+  if (plan.gridded) work.grid = scratch<float>(context, batch * call.grid.cells());
   work.pairing = {call.seed,  call.augmentations, call.draws.no_fixed_points,
                   call.index, outputs.index,      scratch<std::uint64_t>(context, 1)};
   work.pairing_tasks = work.pairing.tasks(batch);
@@ -157,10 +156,10 @@ RowsWork rows_work(
   RowsWork work{};
   work.call = call;
   work.outputs = outputs;
-  work.maps = plan.resampled ? maps_of(saliency.grid, batch, call.grid, call.grid, 1, 1)
-                             : maps_of(
-                                   saliency.partials, batch, call.map, call.grid,
-                                   plan.saliency.splits, plan.lanes);
+  work.maps = plan.gridded ? maps_of(saliency.grid, batch, call.grid, call.grid, 1, 1)
+                           : maps_of(
+                                 saliency.partials, batch, call.map, call.grid,
+                                 plan.saliency.splits, plan.lanes);
   work.tile = plan.tile;
   work.at_once = plan.at_once;
   work.parts = plan.parts;

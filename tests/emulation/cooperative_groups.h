@@ -1,4 +1,4 @@
-// The grid's barrier of cuda_runtime.h, under CUDA's name.
+// The grid's barrier from cuda_runtime.h, under CUDA's name.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,8 +1,8 @@
-// CUDA C++ on the CPU, as far as csrc/cuda uses it, to test the kernels without a GPU. Blocks run
-// one after the other, the last one first; a block's threads are fibers, of which each warp runs as
-// far as it can before the next, and every second block runs backwards: so a barrier that is
-// missing shows. Threads of a block that wait at different barriers, or do not all arrive, abort
-// the run.
+// The part of CUDA C++ that csrc/cuda uses, on the CPU, to test the kernels without a GPU. Blocks
+// run one after another, the last first. A block's threads are fibers: each warp runs as far as it
+// can before the next one starts, and every second block runs backwards, so that a missing barrier
+// shows. If the threads of a block wait at different barriers, or some never arrive, the run
+// aborts.
 #pragma once
 
 #include <setjmp.h>
@@ -56,7 +56,7 @@ struct Fiber {
 struct Block {
   unsigned number;
   std::vector<Fiber> fibers;
-  std::vector<std::uint64_t> exchanged;  // a word of each thread, which its warp reads
+  std::vector<std::uint64_t> exchanged;  // a word per thread, which its warp reads
 };
 
 inline dim3 thread_index, block_index, block_size, grid_size;
@@ -97,14 +97,14 @@ inline bool all_at(const Block& of, At at, unsigned begin, unsigned end) {
 
 inline bool all_at(const Block& of, At at) { return all_at(of, at, 0, of.fibers.size()); }
 
-// Runs a warp until its threads wait for others than themselves.
+// Runs a warp until its threads have ended or wait for other warps.
 inline void run_warp(Block& of, unsigned begin, unsigned end) {
   do {
     for (unsigned i = 0; i < end - begin; ++i) resume(of, of.number % 2 ? end - 1 - i : begin + i);
   } while (all_at(of, At::kWarp, begin, end));
 }
 
-// Runs a block until all its threads are at the grid's barrier or at the end.
+// Runs a block until all its threads have ended or wait at the grid's barrier.
 inline void run(Block& of) {
   const unsigned warps = of.fibers.size() / kWarp;
   do {
@@ -135,7 +135,7 @@ inline Block start(unsigned number, std::vector<void*>& stacks, std::size_t firs
   return fresh;
 }
 
-// What a block holds in shared memory is lost at the grid's barrier: other blocks run meanwhile.
+// Shared memory does not survive the grid's barrier, since other blocks run meanwhile.
 inline void run_grid(const std::function<void()>& kernel, bool together) {
   static std::vector<void*> stacks;
   body = &kernel;
@@ -172,7 +172,7 @@ T __shfl_xor_sync(unsigned, T value, int offset) {
   return emulation::exchange(value, (threadIdx.x % emulation::kWarp) ^ offset);
 }
 
-// How many kernels have been launched; for the tests.
+// The number of kernels launched so far, for the tests.
 extern "C" [[gnu::used]] inline int emulated_launches() { return emulation::launches; }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {
@@ -223,7 +223,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-// Small, so that small batches take every path: splits, parts, one launch and two.
+// Few multiprocessors, so that small batches take every path: splits, parts, one launch and two.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 4;
   return cudaSuccess;
