@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from benchmarks.speed.candidates import (
     two_launches,
 )
 from benchmarks.speed.cases import Case, floor_bytes, make_data
-from benchmarks.speed.host import HOST_TIME, host_times
+from benchmarks.speed.host import HOST_TIME, OPERATORS, host_times
 from benchmarks.speed.measure import DeviceClock, Timed, interleave, reason
 from benchmarks.speed.memory import peak_memory
 from benchmarks.speed.results import Row, absent, row_of
@@ -204,13 +204,11 @@ class Prepared:
         bandwidth = copy_bandwidth(clock)
         rows = [row_of(self.case.where("a large copy_"), "bandwidth", bandwidth, "GB/s")]
         floor = floor_bytes(self.case) / bandwidth.median()
-        larger = samples.get(two_launches().name, pd.Series(np.nan, samples.index)).clip(
-            lower=floor
-        )
+        launches = samples.get(two_launches().name, pd.Series(np.nan, samples.index))
         for name in (each.name for each in self.candidates if each.whole and each.name in samples):
             where, times = self.case.where(name), samples[name]
             rows.append(row_of(where, OVER_FLOOR, times / floor, "x"))
-            rows.append(row_of(where, OVER_LARGER_FLOOR, times / larger, "x"))
+            rows.append(row_of(where, OVER_LARGER_FLOOR, times / launches.clip(lower=floor), "x"))
         return rows
 
 
@@ -249,26 +247,15 @@ def count(
 ) -> Iterator[list[Row]]:
     """What does not depend on a clock."""
     prepared = Prepared(case, candidates, device, clock)
-    for candidate in prepared.candidates:
-        counters: list[tuple[str, str, Callable[[Run], int]]] = [
-            (
-                "operators per call",
-                "",
-                partial(measure.count_operators, compiled=candidate.compiled),
-            )
-        ]
-        if clock:
-            counters += [
-                ("launches per call", "", measure.count_launches),
-                ("host syncs per call", "", measure.count_syncs),
-                ("peak memory beyond the outputs", "B", measure.device_memory_peak),
-            ]
-        run, where = prepared.runs[candidate.name], case.where(candidate.name)
-        for figure, unit, counter in counters:
+    for name, profiled in ((each.name, each.compiled) for each in prepared.candidates):
+        operators = measure.count_operators_profiled if profiled else measure.count_operators
+        counters = {OPERATORS: operators, **(measure.DEVICE_COUNTERS if clock else {})}
+        for figure, counter in counters.items():
             try:
-                yield [Row(*where, figure, counter(run), unit)]
+                unit = "B" if "memory" in figure else ""
+                yield [Row(*case.where(name), figure, counter(prepared.runs[name]), unit)]
             except Exception as error:
-                yield [absent(where, figure, reason(error))]
+                yield [absent(case.where(name), figure, reason(error))]
 
 
 def grow(

@@ -25,7 +25,7 @@ from benchmarks.speed.cases import TINY, make_data
 from benchmarks.speed.results import Row, absent, row_of
 from sg_kernels import ops
 
-HOST_TIME = "host time"
+HOST_TIME, OPERATORS = "host time", "operators per call"
 STUBBED = ", launcher stubbed"
 
 
@@ -52,7 +52,7 @@ def host_times(backends: Iterable[str], device: str, rounds: int) -> Iterator[li
             yield [absent(TINY.where(f"{backend} function"), HOST_TIME, measure.reason(error))]
     yield from time_calls(calls, rounds)
     for name, call in calls.items():
-        yield [Row(*TINY.where(name), "operators per call", measure.count_operators(call))]
+        yield [Row(*TINY.where(name), OPERATORS, measure.count_operators(call))]
 
 
 def time_calls(calls: dict[str, Run], rounds: int) -> Iterator[list[Row]]:

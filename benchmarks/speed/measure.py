@@ -208,14 +208,16 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_operators(run: Run, compiled: bool = False) -> int:
-    """Operators per call; those of a compiled function, which CountOps would make run uncompiled,
-    are read from a profile."""
+def count_operators(run: Run) -> int:
     run()
-    if not compiled:
-        with CountOps() as counted:
-            run()
-        return counted.count
+    with CountOps() as counted:
+        run()
+    return counted.count
+
+
+def count_operators_profiled(run: Run) -> int:
+    """The same of a compiled function, which CountOps would make run uncompiled."""
+    run()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     operators = [event for event in profiler.events() if "::" in event.name]
@@ -257,3 +259,10 @@ def device_memory_peak(run: Run) -> int:
     outputs = cuda.memory_allocated() - before  # all that is still held
     del kept
     return cuda.max_memory_allocated() - before - outputs
+
+
+DEVICE_COUNTERS = {
+    "launches per call": count_launches,
+    "host syncs per call": count_syncs,
+    "peak memory beyond the outputs": device_memory_peak,
+}
