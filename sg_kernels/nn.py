@@ -1,6 +1,7 @@
 """Saliency Grafting as a module of a training loop."""
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from sg_kernels.options import (
     check_bool,
     check_int,
     check_probability,
+    is_number,
     lists_options,
     options_of,
 )
@@ -39,16 +41,22 @@ class SaliencyGraft(nn.Module):
     images, and outside of what activation checkpointing recomputes.
 
     The features come from the tapped layer, in a forward pass of the clean images before each call.
-    A network in ``.train()`` treats that pass as any other: BatchNorm updates its statistics, and
-    dropout drops. The layer must run once per pass.
+    With ``network`` the module makes that pass itself, in eval mode and without gradient, where a
+    call needs one and none was seen. A pass that the training loop makes is an ordinary one: in
+    ``.train()`` BatchNorm updates its statistics, and dropout drops. The layer must run once per
+    pass.
 
     A copy (deepcopy, pickle) of the module together with its layer taps the copied layer. A copy of
     the module alone taps nothing, and a copy of the layer alone is not tapped. No copy keeps
     :attr:`result` or the features of a pass.
 
     Args:
-        layer: the module whose output is the feature map. None: give ``features`` or ``saliency``
-            with each call.
+        layer: the module whose output is the feature map, or its name in ``network``. None: give
+            ``features`` or ``saliency`` with each call.
+        network: makes the clean pass where a call needs one. Its mode, its buffers and torch's
+            generators stay as they are.
+        pass_scale: the resolution of that pass, in (0, 1]: 0.5 costs about a quarter, and gives a
+            map of half the size.
         to_features: turns the layer's output into features, (B, K, h, w) or, with ``token_grid``,
             (B, N, K): picks one of a tuple, or permutes (B, h, w, K).
         mixed_pass: whether the layer also sees the mixed images. True: the pass after a call is
@@ -83,15 +91,17 @@ class SaliencyGraft(nn.Module):
     @lists_options
     def __init__(
         self,
-        layer: nn.Module | None = None,
+        layer: nn.Module | str | None = None,
         *,
+        network: nn.Module | None = None,
+        pass_scale: float = 1.0,
         to_features: Callable[[Any], Tensor] | None = None,
         mixed_pass: bool = True,
         prob: float = 1.0,
         warmup_epochs: int = 0,
         seed: int | Tensor | None = None,
         rank: int | None = None,
-        group: torch.distributed.ProcessGroup | None = None,
+        group: "torch.distributed.ProcessGroup | None" = None,
         **options: Unpack[OptionTypes],
     ) -> None:
         super().__init__()
@@ -102,8 +112,10 @@ class SaliencyGraft(nn.Module):
         check_int("warmup_epochs", warmup_epochs, 0)
         if not (to_features is None or callable(to_features)):
             raise TypeError(f"to_features must be callable; got {type(to_features).__name__}")
-        if not (layer is None or isinstance(layer, nn.Module)):
-            raise TypeError(f"layer must be a torch.nn.Module; got {type(layer).__name__}")
+        layer = _checked_layer(layer, network)
+        if not (is_number(pass_scale) and 0 < pass_scale <= 1):
+            raise ValueError(f"pass_scale must be a number in (0, 1]; got {pass_scale!r}")
+        self.pass_scale = pass_scale
         self.to_features = to_features
         self.mixed_pass = mixed_pass
         self.prob = prob
@@ -121,10 +133,11 @@ class SaliencyGraft(nn.Module):
         self._host_state: tuple[int, int] | None = None
         self.register_load_state_dict_post_hook(_resume)
         self._tap: Tap | None = None
+        self._network: weakref.ref[nn.Module] | None = None
         if layer is not None:
             tap = Tap(self)
             tap.attach(layer)
-            self.hold(tap)
+            self.hold(tap, network)
 
     def forward(
         self,
@@ -156,12 +169,17 @@ class SaliencyGraft(nn.Module):
         if self._warming_up or self.prob == 0:
             return self._unmixed(images, targets)
         if features is None and saliency is None:
-            if self._tap is not None and self._tap.features is None and not self.needs_pass():
-                unmixed = self._unmixed(images, targets, self.options.augmentations)
-                self.step += 1
-                self._spend()
-                return unmixed
-            features = self._tapped_features(images)
+            if self._tap is not None and self._tap.features is None:
+                if not self.needs_pass():
+                    unmixed = self._unmixed(images, targets, self.options.augmentations)
+                    self.step += 1
+                    self._spend()
+                    return unmixed
+                if (network := self.network()) is not None:
+                    checks.check_images(images, "(B, C, H, W)", 4)
+                    features = self._tap.run(network, images, self.pass_scale)
+            if features is None:
+                features = self._tapped_features(images)
         rank = self._stream()
         tensors = Tensors(images, features, saliency, targets=targets)
         randomness = Randomness(
@@ -244,6 +262,7 @@ class SaliencyGraft(nn.Module):
         values = [(name, getattr(self.options, name), getattr(DEFAULTS, name)) for name in TYPES]
         values += [
             ("prob", self.prob, 1.0),
+            ("pass_scale", self.pass_scale, 1.0),
             ("mixed_pass", self.mixed_pass, True),
             ("warmup_epochs", self.warmup_epochs, 0),
             ("rank", self.rank, None),
@@ -252,9 +271,14 @@ class SaliencyGraft(nn.Module):
         tapped = [] if self._tap is None else [f"layer={self._tap.layer_name}"]
         return ", ".join(tapped + given)
 
-    def hold(self, tap: Tap) -> None:
+    def network(self) -> nn.Module | None:
+        """The network that makes the clean pass; this module does not keep it alive."""
+        return None if self._network is None else self._network()
+
+    def hold(self, tap: Tap, network: nn.Module | None) -> None:
         """Takes features from ``tap``, as a copied layer's hook asks of the copied module."""
         self._tap = tap
+        self._network = None if network is None else weakref.ref(network)
 
     def wants_features(self) -> bool:
         """Whether the next call will need the features of the pass that is being made."""
@@ -263,7 +287,7 @@ class SaliencyGraft(nn.Module):
         return mixes and not self._warming_up and self.prob > 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "result": None, "_tap": None}
+        return {**self.__dict__, "result": None, "_tap": None, "_network": None}
 
     def _spend(self) -> None:
         """Counts a call that has advanced the step."""
@@ -352,6 +376,24 @@ def _resume(module: nn.Module, incompatible_keys: Any) -> None:
     module._host_state = None
     if module._warming_up and not module.step.is_meta:
         module._warming_up = module.step.item() == 0  # calls of the warm-up do not advance it
+
+
+def _checked_layer(layer: Any, network: Any) -> nn.Module | None:
+    if not (network is None or isinstance(network, nn.Module)):
+        raise TypeError(f"network must be a torch.nn.Module; got {type(network).__name__}")
+    if network is not None and layer is None:
+        raise ValueError("network goes with layer, which names the layer to tap")
+    if isinstance(layer, str) and network is not None:
+        try:
+            return network.get_submodule(layer)
+        except AttributeError as error:
+            raise ValueError(f"layer must name a module of network; got {layer!r}") from error
+    if not (layer is None or isinstance(layer, nn.Module)):
+        raise TypeError(
+            "layer must be a torch.nn.Module, or with network= the name of one; "
+            f"got {type(layer).__name__}"
+        )
+    return layer
 
 
 def _checked_rank(rank: Any, group: Any) -> int | None:

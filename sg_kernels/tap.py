@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from sg_kernels.checks import warn_once
@@ -19,7 +21,9 @@ class Owner(Protocol):
 
     def wants_features(self) -> bool: ...
 
-    def hold(self, tap: "Tap") -> None: ...
+    def network(self) -> nn.Module | None: ...
+
+    def hold(self, tap: "Tap", network: nn.Module | None) -> None: ...
 
 
 COMPILED_EARLIER = (
@@ -55,6 +59,7 @@ class Tap:
         """What the layer returned in the last clean pass; None once a call has used it."""
         self._version: int | None = None
         self._mixed_pass_is_next = False
+        self._own_pass_is_running = False
         self._not_seen = "no pass"
         self.layer_name = ""
 
@@ -81,16 +86,7 @@ class Tap:
 
     def __call__(self, layer: nn.Module, args: Any, output: object) -> None:
         owner = self._owner()
-        if owner is None:
-            return
-        if owner.mixed_pass:
-            if not layer.training:
-                self._not_seen = "eval"
-                return
-            if self._mixed_pass_is_next:
-                self._mixed_pass_is_next, self._not_seen = False, "mixed"
-                return
-        if not owner.wants_features():
+        if owner is None or not (self._own_pass_is_running or self._is_clean(owner, layer)):
             return
         if owner.mixed_pass and self.features is not None and not torch.compiler.is_compiling():
             warn_once(
@@ -105,6 +101,39 @@ class Tap:
             if not _counts_writes(output):
                 output = output.clone()
         self.features, self._version = output, _version(output)
+
+    def _is_clean(self, owner: Owner, layer: nn.Module) -> bool:
+        """Whether a pass that the user makes is one of clean images that a call will use."""
+        if owner.mixed_pass:
+            if not layer.training:
+                self._not_seen = "eval"
+                return False
+            if self._mixed_pass_is_next:
+                self._mixed_pass_is_next, self._not_seen = False, "mixed"
+                return False
+        return owner.wants_features()
+
+    def run(self, network: nn.Module, images: Tensor, scale: float) -> Tensor:
+        """The features of a clean pass that it makes, at ``scale`` of the resolution.
+
+        In eval mode and without gradient: BatchNorm's statistics and torch's generators stay as
+        they are, and every module is left in the mode that it was in.
+        """
+        modes = [(module, module.training) for module in network.modules()]
+        network.eval()
+        self._own_pass_is_running = True
+        try:
+            with torch.no_grad():
+                _without_ddp(network)(_at_scale(images, scale))
+        finally:
+            self._own_pass_is_running = False
+            for module, mode in modes:
+                module.training = mode
+            # It may hold weights cast without gradient, which the mixed pass would use.
+            torch.clear_autocast_cache()
+        features = self.features_of(images)
+        self.features = None  # a call that is refused leaves nothing to the next batch
+        return features
 
     def features_of(self, images: Tensor) -> Tensor:
         """The layer's features of these images, which its last clean pass must have seen."""
@@ -142,15 +171,36 @@ class Tap:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # A copied hook serves the copied owner, and is removed with it if nobody else holds that.
-        return _copied, (self._owner(), self._handle, self.layer_name)
+        owner = self._owner()
+        network = None if owner is None else owner.network()
+        return _copied, (owner, self._handle, self.layer_name, network)
 
 
-def _copied(owner: Owner, handle: RemovableHandle, layer_name: str) -> Tap:
+def _copied(
+    owner: Owner, handle: RemovableHandle, layer_name: str, network: nn.Module | None
+) -> Tap:
     tap = Tap(owner)
     tap.layer_name = layer_name
     tap.removed_by(handle)
-    owner.hold(tap)
+    owner.hold(tap, network)
     return tap
+
+
+def _without_ddp(network: nn.Module) -> nn.Module:
+    """DistributedDataParallel would broadcast buffers, on those ranks alone that make a pass."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def _at_scale(images: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return images
+    if not images.is_floating_point():
+        raise TypeError(
+            f"pass_scale resamples floating images; got {images.dtype}: give pass_scale=1, or "
+            "floating images"
+        )
+    height, width = (max(1, round(side * scale)) for side in images.shape[2:])
+    return F.interpolate(images, (height, width), mode="area")
 
 
 def _counts_writes(tensor: Tensor) -> bool:

@@ -452,3 +452,155 @@ def test_repr_names_the_layer():
     assert repr(module) == "SaliencyGraft(layer=Sequential, prob=0.5)"
     module.untap()
     assert repr(module) == "SaliencyGraft(prob=0.5)"
+
+
+class Normalized(nn.Module):
+    """With what a careless pass would change: statistics, generators, modes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8))
+        self.body.append(nn.Dropout(0.5))
+        self.frozen = nn.BatchNorm2d(8).eval()
+        self.head = nn.Linear(8, 5)
+        self.passes = []
+
+    def forward(self, images):
+        self.passes.append((tuple(images.shape), self.training, torch.is_grad_enabled()))
+        return self.head(self.frozen(self.body(images)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("layer", ["body", "body.1", 0])
+def test_with_its_network_the_module_makes_the_clean_pass(layer, backend):
+    net = Normalized()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    module = SaliencyGraft(
+        layer or net.body[0], network=net, num_classes=5, seed=3, backend=backend
+    )
+    before = torch.get_rng_state()
+    for seed in range(3):
+        images, ids, _ = batch_of(seed=seed)
+        module(images, ids)
+        assert module.result is not None
+    assert net.passes == [((4, 3, 16, 16), False, False)] * 3
+    assert net.training
+    assert net.body[1].training
+    assert not net.frozen.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+def test_the_features_of_its_own_pass_are_those_of_eval_mode(backend):
+    net = Normalized()
+    images, ids, _ = batch_of()
+    expected = net.body.eval()(images).abs().sum(1)
+    net.train()
+    module = SaliencyGraft("body", network=net, num_classes=5, backend=backend)
+    mixed, targets = module(images, ids)
+    torch.testing.assert_close(module.result.saliency, expected)
+    F.cross_entropy(net(mixed), targets).backward()
+    module(images, ids)  # the mixed pass was not taken for a clean one
+    torch.testing.assert_close(module.result.saliency, net.body.eval()(images).abs().sum(1))
+
+
+@pytest.mark.parametrize(("scale", "side"), [(1.0, 8), (0.5, 4), (0.25, 2)])
+def test_the_pass_is_made_at_a_share_of_the_resolution(scale, side):
+    net = Normalized()
+    images, ids, _ = batch_of()
+    module = SaliencyGraft("body", network=net, num_classes=5, pass_scale=scale)
+    mixed, _ = module(images, ids)
+    assert module.result.mask.shape == (4, side, side)
+    assert mixed.shape == images.shape
+    height = round(16 * scale)
+    smaller = F.interpolate(images, (height, height), mode="area")
+    torch.testing.assert_close(module.result.saliency, net.body.eval()(smaller).abs().sum(1))
+
+
+def test_no_pass_is_made_where_none_is_needed():
+    net = Normalized()
+    module = SaliencyGraft("body", network=net, num_classes=5, prob=0.5, seed=2)
+    needed = 0
+    for seed in range(20):
+        images, ids, features = batch_of(seed=seed)
+        needed += module.needs_pass()
+        module(images, ids)
+        assert len(net.passes) == needed
+    assert 0 < needed < 20
+    module(images, ids, features=features)
+    module.eval()(images, ids)
+    assert len(net.passes) == needed
+
+
+def test_a_pass_that_the_loop_has_made_is_used():
+    net = Normalized()
+    images, ids, _ = batch_of()
+    module = SaliencyGraft("body", network=net, num_classes=5)
+    net(images)
+    module(images, ids)
+    assert len(net.passes) == 1
+
+
+def test_a_refused_call_leaves_no_features_to_the_next_batch():
+    net = Normalized()
+    module = SaliencyGraft("body", network=net, num_classes=5)
+    images, ids, _ = batch_of()
+    with pytest.raises(ValueError, match="targets"):
+        module(images, ids + 9)
+    other = batch_of(seed=1)[0]
+    module(other, ids)
+    torch.testing.assert_close(module.result.saliency, net.body.eval()(other).abs().sum(1))
+
+
+def test_under_autocast_the_weights_keep_their_gradients():
+    net = Normalized()
+    images, ids, _ = batch_of()
+    module = SaliencyGraft("body", network=net, num_classes=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, targets = module(images, ids)
+        F.cross_entropy(net(mixed), targets).backward()
+    assert net.body[0].weight.grad.abs().sum() > 0
+
+
+def test_what_goes_wrong_in_its_pass_leaves_the_modes_as_they_were():
+    net = Normalized()
+    module = SaliencyGraft("body", network=net, num_classes=5)
+    images, ids, _ = batch_of()
+    net.head = None
+    with pytest.raises(TypeError, match="NoneType"):
+        module(images, ids)
+    assert net.training
+    assert not net.frozen.training
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
+def test_a_copied_network_makes_the_pass_of_the_copied_module(duplicate):
+    net = Normalized()
+    module = SaliencyGraft("body", network=net, num_classes=5)
+    twin_net, twin = duplicate([net, module])
+    twin(*batch_of()[:2])
+    assert len(twin_net.passes) == 1
+    assert not net.passes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layer": "nothing"}, "layer must name a module of network; got 'nothing'"),
+        ({"layer": None}, "network goes with layer"),
+        ({"layer": "body", "network": 5}, "network must be a torch.nn.Module"),
+        ({"layer": "body", "network": None}, "layer must be a torch.nn.Module, or with network="),
+        ({"layer": "body", "pass_scale": 0}, "pass_scale"),
+        ({"layer": "body", "pass_scale": 1.5}, "pass_scale"),
+        ({"layer": "body", "pass_scale": "half"}, "pass_scale"),
+    ],
+)
+def test_a_network_and_its_layer_are_checked(given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        SaliencyGraft(**{"network": Normalized(), **given})
+
+
+def test_only_floating_images_are_passed_at_another_scale():
+    net = Normalized()
+    module = SaliencyGraft("body", network=net, pass_scale=0.5)
+    with pytest.raises(TypeError, match=r"pass_scale .*uint8"):
+        module(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
