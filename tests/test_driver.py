@@ -1,0 +1,441 @@
+"""What arrives at the driver through Triton's own launcher, argument by argument. Needs no GPU."""
+
+import inspect
+import struct
+from types import SimpleNamespace
+from typing import NamedTuple, get_type_hints
+
+import pytest
+import torch
+
+from sg_kernels import backends, rng
+from sg_kernels.call import NORM, NORMALIZE, Call
+
+if backends.INTERPRETED or backends._UNLOADED["triton"]:
+    pytest.skip("nothing is compiled", allow_module_level=True)
+if torch.version.cuda or torch.version.hip:
+    pytest.skip("this PyTorch has a driver of its own", allow_module_level=True)
+
+import driver
+import triton.language as tl
+
+from sg_kernels.backends.triton import launch, operators, plan
+from sg_kernels.backends.triton.saliency import SAMPLES
+
+TYPES = {
+    # What a field or parameter declares: its type in PTX, and how Python packs it.
+    "i32": ("u32", "<i"),
+    "i64": ("u64", "<q"),
+    "fp32": ("f32", "<f"),
+    "pointer": ("pointer", "<Q"),
+}
+PRIMITIVES = {tl.int32: "i32", tl.int64: "i64", tl.float32: "fp32"}
+SCRATCH = ["pointer", "pointer"]
+"""Triton's own two parameters, which come last and are null."""
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    with driver.installed(tmp_path_factory.mktemp("driver")) as recorder:
+        yield recorder
+
+
+@pytest.fixture
+def observed(session, monkeypatch):
+    """What the operators launch on an H100, and what the plan answered them."""
+    monkeypatch.setattr(launch, "_compiled", {})  # so that every test has a first launch
+    monkeypatch.setattr(operators, "multiprocessors", lambda device: driver.MULTIPROCESSORS)
+    seen = SimpleNamespace(recorder=session, memory=[], plans={})
+
+    def launched(function, programs, threads, arguments, *constants):
+        seen.memory.append(arguments[0])
+        launch.launch(function, programs, threads, arguments, *constants)
+
+    def answering(name, function):
+        def ask(*arguments):
+            seen.plans[name] = function(*arguments)
+            return seen.plans[name]
+
+        return ask
+
+    monkeypatch.setattr(operators, "launch", launched)
+    for name in ("saliency", "tile", "saliency_graft"):
+        monkeypatch.setattr(plan, name, answering(name, getattr(plan, name)))
+    return seen
+
+
+class Expected(NamedTuple):
+    """A launch as the call and the plan have it."""
+
+    function: object
+    programs: int
+    threads: int
+    arguments: dict
+    """By name: "group.field". None where there is no such parameter."""
+
+
+def parameters_of(function):
+    """The name and type of every parameter, less constants, in order; those of groups one by one."""
+    for name, parameter in inspect.signature(function.fn).parameters.items():
+        if parameter.annotation is not tl.constexpr:
+            yield from fields_of(name, parameter.annotation)
+
+
+def fields_of(name, declared):
+    if declared in PRIMITIVES:
+        yield name, PRIMITIVES[declared]
+    elif hasattr(declared, "__metadata__"):
+        yield name, declared.__metadata__[0]
+    elif hasattr(declared, "_fields"):
+        hints = get_type_hints(declared, include_extras=True)
+        for field in declared._fields:
+            yield from fields_of(f"{name}.{field}", hints[field])
+    else:
+        yield name, "pointer"
+
+
+def bits_of(kind, value):
+    if isinstance(value, torch.Tensor):
+        value = value.data_ptr()
+    return int.from_bytes(struct.pack(TYPES[kind][1], value), "little")
+
+
+def numbers(name, group):
+    """The fields of a group by name."""
+    if not isinstance(group, tuple):
+        return {name: group}
+    return {
+        key: number
+        for field, value in group._asdict().items()
+        for key, number in numbers(f"{name}.{field}", value).items()
+    }
+
+
+def assert_arrived(launched, expected):
+    kernel, arguments = launched.kernel, expected.arguments
+    parameters = list(parameters_of(expected.function))
+    assert kernel.name == expected.function.fn.__name__
+    assert arguments.keys() == {name for name, _ in parameters}
+    present = [(name, kind) for name, kind in parameters if arguments[name] is not None]
+    assert kernel.types == [TYPES[kind][0] for _, kind in present] + SCRATCH
+    arrived = dict(zip([name for name, _ in present], launched.values))
+    assert arrived == {name: bits_of(kind, arguments[name]) for name, kind in present}
+    assert launched.values[len(present) :] == [0, 0]
+    assert launched.grid == (expected.programs, 1, 1)
+    assert launched.block == (expected.threads, 1, 1)
+    assert launched.shared_bytes == kernel.shared_bytes
+    assert launched.stream == driver.STREAM
+    assert launched.attributes == 0
+
+
+def check_launches(observed, operator, calls, expected_of):
+    """Each of the calls, of which the first compiles, launches what ``expected_of`` its arguments
+    and results says.
+    """
+    kernels = observed.recorder.kernels
+    loaded = len(kernels)
+    observed.recorder.take()
+    for arguments in calls:
+        observed.memory.clear()
+        results = operator(*arguments)
+        launches = observed.recorder.take()
+        expected = expected_of(observed, arguments, results)
+        assert len(launches) == len(expected)
+        for arrived, wanted in zip(launches, expected):
+            assert_arrived(arrived, wanted)
+        compiled = len({wanted.function for wanted in expected})
+        assert len(kernels) == loaded + compiled, "the first call compiles, the second does not"
+
+
+def sides(images):
+    _, channels, height, width = images.shape
+    return {
+        "tiles.sides.channels": channels,
+        "tiles.sides.height": height,
+        "tiles.sides.width": width,
+    }
+
+
+def expected_channel_saliency(observed, arguments, saliency):
+    (features,), (memory,), planned = arguments, observed.memory, observed.plans["saliency"]
+    batch, _, height, width = features.shape
+    assert memory.partials.numel() == planned.splits * saliency.numel()
+    given = {
+        "memory.source": features,
+        "memory.partials": saliency if planned.splits == 1 else memory.partials,
+        "maps.batch": batch,
+        "maps.splits": planned.splits,
+        "maps.size.height": height,
+        "maps.size.width": width,
+        "maps.grid.height": height,
+        "maps.grid.width": width,
+        "maps.window.height": 1,
+        "maps.window.width": 1,
+        "pairing.programs": 0,
+        "pairing.rank": 0,
+        "pairing.seed": 0,
+    }
+    absent = ("grid", "index", "given_index", "call_seed", "seed", "step")
+    given |= {f"memory.{name}": None for name in absent} | numbers("sums", planned.sums)
+    programs = batch * planned.splits * planned.sums.tiles
+    return [Expected(operators.saliency_kernel, programs, plan.THREADS, given)]
+
+
+def expected_graft(observed, images, mask, index, out):
+    planned = observed.plans["tile"]
+    given = numbers("tiles", planned.tiles) | sides(images)
+    given |= {
+        "memory.images": images,
+        "memory.out": out,
+        "memory.mask": mask,
+        "memory.index": index,
+        "batch": images.shape[0],
+        "grid.height": mask.shape[1],
+        "grid.width": mask.shape[2],
+    }
+    programs = out.shape[0] * planned.tiles.total
+    return [Expected(operators.graft_kernel, programs, plan.THREADS, given)]
+
+
+def expected_graft_backward(observed, arguments, gradient):
+    grad, mask, index, _ = arguments
+    (expected,) = expected_graft(observed, grad, mask, index, gradient)
+    batches = {"batch": gradient.shape[0], "rows": grad.shape[0]}
+    return [
+        expected._replace(
+            function=operators.graft_backward_kernel, arguments=expected.arguments | batches
+        )
+    ]
+
+
+def expected_mix_targets(observed, arguments, mixed):
+    targets, lam, index, num_classes, label_smoothing = arguments
+    tiles = -(-num_classes // operators.COLUMNS.value)
+    given = {
+        "memory.targets": targets,
+        "memory.lam": lam,
+        "memory.index": index,
+        "memory.mixed": mixed,
+        "batch": targets.shape[0],
+        "tiles": tiles,
+        "num_classes": num_classes,
+        "label_smoothing": label_smoothing,
+    }
+    programs = lam.shape[0] * tiles
+    return [Expected(operators.mix_targets_kernel, programs, plan.THREADS, given)]
+
+
+def expected_saliency_graft(observed, arguments, outputs):
+    call, planned = Call(*arguments), observed.plans["saliency_graft"]
+    out = outputs.images if call.out is None else call.out
+    expected = [
+        expected_launch_1(observed, call, planned, outputs),
+        expected_launch_2(observed, call, planned, outputs, out),
+    ]
+    if not planned.at_once:
+        expected += expected_graft(observed, call.images, outputs.mask, outputs.index, out)
+    return expected
+
+
+def sizes(name, size, grid):
+    """A map's and its grid's, as arguments of a launch."""
+    return {
+        f"{name}.size.height": size[0],
+        f"{name}.size.width": size[1],
+        f"{name}.grid.height": grid[0],
+        f"{name}.grid.width": grid[1],
+    }
+
+
+def expected_launch_1(observed, call, planned, outputs):
+    memory, (_, sums, splits) = observed.memory[0], planned.saliency
+    batch, ready = len(call.images), call.saliency is not None
+    source = call.saliency if ready else call.features
+    drawing = call.augmentations * -(-batch // SAMPLES.value)
+    on_host = isinstance(call.seed, OnHost)
+    resampled = ready and tuple(source.shape[1:]) != call.grid_size
+    assert memory.partials.numel() == splits * outputs.saliency.numel()
+    assert memory.call_seed.dtype == torch.int64
+    given = numbers("sums", sums) | numbers("maps", planned.maps)
+    given |= sizes("maps", source.shape[-2:], call.grid_size)
+    given |= {
+        "memory.source": source,
+        "memory.partials": outputs.saliency if splits == 1 else memory.partials,
+        "memory.grid": memory.grid if resampled else None,
+        "memory.index": outputs.index,
+        "memory.given_index": call.index,
+        "memory.call_seed": memory.call_seed,
+        "memory.seed": None if on_host else call.seed,
+        "memory.step": call.step,
+        "maps.batch": batch,
+        "maps.splits": splits,
+        "pairing.programs": drawing,
+        "pairing.rank": call.rank,
+        "pairing.seed": int(call.seed) if on_host else 0,
+    }
+    programs = drawing + batch * splits * sums.tiles
+    return Expected(operators.saliency_kernel, programs, plan.THREADS, given)
+
+
+def expected_launch_2(observed, call, planned, outputs, out):
+    first, splits = observed.memory[0], planned.saliency.splits
+    source = call.features if call.saliency is None else call.saliency
+    size = source.shape[-2:] if first.grid is None else call.grid_size
+    given = numbers("tiles", planned.tile.tiles) | sides(call.images)
+    given |= numbers("maps", planned.grids) | sizes("maps", size, call.grid_size)
+    given |= {
+        "memory.images": call.images,
+        "memory.out": out,
+        "memory.maps": first.partials if first.grid is None else first.grid,
+        "memory.saliency": None if splits == 1 else outputs.saliency,
+        "memory.call_seed": first.call_seed,
+        "memory.step": call.step,
+        "memory.quantiles": call.quantiles,
+        "memory.index": outputs.index,
+        "memory.targets": call.targets,
+        "memory.lam": outputs.lam,
+        "memory.mask": outputs.mask,
+        "memory.mixed": outputs.targets,
+        "rows.rows": call.augmentations * len(call.images),
+        "rows.parts": planned.rows.parts,
+        "maps.batch": len(call.images),
+        "maps.splits": splits,
+        "options.temperature": call.temperature,
+        "options.threshold": call.threshold,
+        "options.k": call.k or 0,
+        "options.keep_prob": int(call.keep_prob * 2**32),
+        "options.prob": int(call.prob * 2**32),
+        "options.num_classes": call.num_classes,
+        "options.label_smoothing": call.label_smoothing,
+    }
+    parts = planned.rows.parts
+    programs = len(out) * (parts + 1 if parts > 1 else 1)
+    return Expected(operators.saliency_graft_kernel, programs, planned.threads, given)
+
+
+class OnHost(torch.Tensor):
+    """A seed on the host, where the images, although on the CPU, are taken to lie on a device."""
+
+    device = torch.device("meta")
+
+
+def host(seed):
+    return torch.tensor([seed]).as_subclass(OnHost)
+
+
+def channels_last(*shape, dtype):
+    return torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def call_of(**options):
+    defaults = {
+        "images": torch.rand(2, 3, 8, 8),
+        "features": torch.rand(2, 16, 4, 4) if options.get("saliency") is None else None,
+        "seed": torch.tensor([1]),
+        "grid_size": (4, 4),
+        "temperature": 0.2,
+        "threshold": 1 / 16,
+        "normalize": NORMALIZE.index("max"),
+        "norm": NORM.index("l1"),
+    }
+    return Call(**defaults | options)
+
+
+VARIANTS = {
+    # The options of the first call, and those that are others in the second.
+    "seed on the host": (
+        {"seed": host(-(2**63)), "temperature": 1, "threshold": 0, "keep_prob": 1},
+        {"seed": host(2**62), "temperature": 0.3, "threshold": 1e-40, "keep_prob": 0.3, "prob": 0},
+    ),
+    "seed and step on the device": (
+        {"step": torch.tensor([0]), "rank": 2**31 - 1, "quantiles": rng.beta_quantiles(1.0)},
+        {"step": torch.tensor([2]), "rank": 1, "quantiles": rng.beta_quantiles(2.0), "prob": 0.5},
+    ),
+    "index": ({"index": torch.tensor([1, 0])}, {"index": torch.tensor([0, 0])}),
+    "ready map": (
+        {"saliency": torch.rand(2, 6, 6), "norm": NORM.index("area")},
+        {"saliency": torch.rand(2, 7, 8)},
+    ),
+    "k": ({"k": 5}, {"k": 16}),
+    "augmentations and out": (
+        {"augmentations": 3, "no_fixed_points": True, "out": torch.empty(6, 3, 8, 8)},
+        {"out": torch.empty(6, 3, 8, 8)},
+    ),
+    "class ids": (
+        {"targets": torch.tensor([3, 1]), "num_classes": 10, "label_smoothing": 0.1},
+        {"targets": torch.tensor([0, 1]), "num_classes": 2, "label_smoothing": 1},
+    ),
+    "dense targets": (
+        {"targets": torch.rand(2, 10), "num_classes": 10},
+        {"targets": torch.rand(2, 300), "num_classes": 300},
+    ),
+    "splits": (
+        {"features": torch.rand(2, 1024, 4, 4), "seed": host(5)},
+        {"features": torch.rand(2, 1024, 4, 4), "seed": host(6)},
+    ),
+    "third launch": (
+        {
+            "images": torch.rand(1, 3, 40, 40),
+            "features": torch.rand(1, 4, 40, 40),
+            "grid_size": (40, 40),
+        },
+        {"temperature": 0.1},
+    ),
+    "bytes, channels_last": (
+        {
+            "images": channels_last(2, 4, 16, 16, dtype=torch.uint8),
+            "features": channels_last(2, 64, 4, 4, dtype=torch.bfloat16),
+            "normalize": NORMALIZE.index("none"),
+        },
+        {"images": channels_last(2, 4, 16, 16, dtype=torch.uint8)},
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saliency_graft(observed, variant):
+    first, second = VARIANTS[variant]
+    calls = call_of(**first), call_of(**first | second)
+    check_launches(observed, operators.saliency_graft, calls, expected_saliency_graft)
+
+
+@pytest.mark.parametrize("channels", [16, 1024], ids=["whole", "splits"])
+def test_channel_saliency(observed, channels):
+    calls = [(torch.rand(batch, channels, 4, 4),) for batch in (2, 3)]
+    check_launches(observed, operators.channel_saliency, calls, expected_channel_saliency)
+
+
+MASK = torch.rand(4, 2, 2) < 0.5
+INDEX = torch.tensor([1, 0, 0, 1])
+
+
+def test_graft(observed):
+    calls = [(torch.rand(2, 3, 8, 8), MASK, INDEX) for _ in range(2)]
+
+    def expected(observed, arguments, out):
+        return expected_graft(observed, *arguments, out)
+
+    check_launches(observed, operators.graft, calls, expected)
+
+
+def test_graft_with_out(observed):
+    calls = [(torch.rand(2, 3, 8, 8), MASK, INDEX, torch.empty(4, 3, 8, 8)) for _ in range(2)]
+
+    def expected(observed, arguments, result):
+        return expected_graft(observed, *arguments)
+
+    check_launches(observed, operators.graft, calls, expected)
+
+
+def test_graft_backward(observed):
+    calls = [(torch.rand(4, 3, 8, 8), MASK, INDEX, 2) for _ in range(2)]
+    check_launches(observed, operators.graft_backward, calls, expected_graft_backward)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["class ids", "dense"])
+def test_mix_targets(observed, dense):
+    calls = []
+    for classes, smoothing in ((10, 0.1), (300, 1)):
+        targets = torch.rand(2, classes) if dense else torch.tensor([1, 3])
+        calls.append((targets, torch.rand(4), INDEX, classes, smoothing))
+    check_launches(observed, operators.mix_targets, calls, expected_mix_targets)
