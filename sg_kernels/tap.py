@@ -129,8 +129,6 @@ class Tap:
             self._own_pass_is_running = False
             for module, mode in modes:
                 module.training = mode
-            # It may hold weights cast without gradient, which the mixed pass would use.
-            torch.clear_autocast_cache()
         features = self.features_of(images)
         self.features = None  # a call that is refused leaves nothing to the next batch
         return features
