@@ -75,7 +75,7 @@ class Expected(NamedTuple):
 
 
 def parameters_of(function):
-    """The name and type of every parameter, less constants, in order; those of groups one by one."""
+    """The names and types of a kernel's parameters in order: fields one by one, no constants."""
     for name, parameter in inspect.signature(function.fn).parameters.items():
         if parameter.annotation is not tl.constexpr:
             yield from fields_of(name, parameter.annotation)
@@ -147,28 +147,50 @@ def check_launches(observed, operator, calls, expected_of):
         assert len(kernels) == loaded + compiled, "the first call compiles, the second does not"
 
 
-def sides(images):
-    _, channels, height, width = images.shape
+def tiles_of(planned, images, out):
+    """The tiles as the plan has them, sides and strides as the images do."""
+    names, axes = ("channels", "height", "width"), ("image", "channel", "y", "x")
+    given = numbers("tiles", planned.tiles)
+    for name, size in zip(names, images.shape[1:]):
+        given |= {
+            f"tiles.sides.{name}": size,
+            f"tiles.sides.per_{name}": plan.reciprocal(size),
+        }
+    chunk = planned.unit_bytes * planned.layout.lanes // images.element_size()
+    for name, tensor in (("source", images), ("out", out)):
+        for axis, count, stride in zip(axes, tensor.shape, tensor.stride()):
+            given[f"tiles.{name}.{axis}"] = stride // chunk if count > 1 else 0
+    return given
+
+
+def sums_of(planned, features):
+    """The sums as the plan has them, strides as the features do."""
+    given = numbers("sums", planned.sums)
+    for axis, name in ((0, "sample"), (2, "y"), (3, "x")):
+        stride = features.stride(axis) if features.shape[axis] > 1 else 0
+        given[f"sums.{name}_stride"] = stride // planned.block.lanes
+    return given
+
+
+def sizes(size, grid):
+    """A map's and its grid's, as arguments of a launch."""
     return {
-        "tiles.sides.channels": channels,
-        "tiles.sides.height": height,
-        "tiles.sides.width": width,
+        "maps.size.height": size[0],
+        "maps.size.width": size[1],
+        "maps.grid.height": grid[0],
+        "maps.grid.width": grid[1],
     }
 
 
 def expected_channel_saliency(observed, arguments, saliency):
     (features,), (memory,), planned = arguments, observed.memory, observed.plans["saliency"]
-    batch, _, height, width = features.shape
+    batch, size = len(features), features.shape[2:]
     assert memory.partials.numel() == planned.splits * saliency.numel()
     given = {
         "memory.source": features,
         "memory.partials": saliency if planned.splits == 1 else memory.partials,
         "maps.batch": batch,
         "maps.splits": planned.splits,
-        "maps.size.height": height,
-        "maps.size.width": width,
-        "maps.grid.height": height,
-        "maps.grid.width": width,
         "maps.window.height": 1,
         "maps.window.width": 1,
         "pairing.programs": 0,
@@ -176,15 +198,15 @@ def expected_channel_saliency(observed, arguments, saliency):
         "pairing.seed": 0,
     }
     absent = ("grid", "index", "given_index", "call_seed", "seed", "step")
-    given |= {f"memory.{name}": None for name in absent} | numbers("sums", planned.sums)
+    given |= {f"memory.{name}": None for name in absent}
+    given |= sums_of(planned, features) | sizes(size, size)
     programs = batch * planned.splits * planned.sums.tiles
     return [Expected(operators.saliency_kernel, programs, plan.THREADS, given)]
 
 
 def expected_graft(observed, images, mask, index, out):
     planned = observed.plans["tile"]
-    given = numbers("tiles", planned.tiles) | sides(images)
-    given |= {
+    given = tiles_of(planned, images, out) | {
         "memory.images": images,
         "memory.out": out,
         "memory.mask": mask,
@@ -237,16 +259,6 @@ def expected_saliency_graft(observed, arguments, outputs):
     return expected
 
 
-def sizes(name, size, grid):
-    """A map's and its grid's, as arguments of a launch."""
-    return {
-        f"{name}.size.height": size[0],
-        f"{name}.size.width": size[1],
-        f"{name}.grid.height": grid[0],
-        f"{name}.grid.width": grid[1],
-    }
-
-
 def expected_launch_1(observed, call, planned, outputs):
     memory, (_, sums, splits) = observed.memory[0], planned.saliency
     batch, ready = len(call.images), call.saliency is not None
@@ -256,8 +268,8 @@ def expected_launch_1(observed, call, planned, outputs):
     resampled = ready and tuple(source.shape[1:]) != call.grid_size
     assert memory.partials.numel() == splits * outputs.saliency.numel()
     assert memory.call_seed.dtype == torch.int64
-    given = numbers("sums", sums) | numbers("maps", planned.maps)
-    given |= sizes("maps", source.shape[-2:], call.grid_size)
+    given = numbers("sums", sums) if ready else sums_of(planned.saliency, source)
+    given |= numbers("maps", planned.maps) | sizes(source.shape[-2:], call.grid_size)
     given |= {
         "memory.source": source,
         "memory.partials": outputs.saliency if splits == 1 else memory.partials,
@@ -281,8 +293,8 @@ def expected_launch_2(observed, call, planned, outputs, out):
     first, splits = observed.memory[0], planned.saliency.splits
     source = call.features if call.saliency is None else call.saliency
     size = source.shape[-2:] if first.grid is None else call.grid_size
-    given = numbers("tiles", planned.tile.tiles) | sides(call.images)
-    given |= numbers("maps", planned.grids) | sizes("maps", size, call.grid_size)
+    given = tiles_of(planned.tile, call.images, out)
+    given |= numbers("maps", planned.grids) | sizes(size, call.grid_size)
     given |= {
         "memory.images": call.images,
         "memory.out": out,
@@ -329,12 +341,12 @@ def channels_last(*shape, dtype):
 
 def call_of(**options):
     defaults = {
-        "images": torch.rand(2, 3, 8, 8),
-        "features": torch.rand(2, 16, 4, 4) if options.get("saliency") is None else None,
+        "images": torch.rand(2, 3, 10, 8),
+        "features": torch.rand(2, 16, 5, 4) if options.get("saliency") is None else None,
         "seed": torch.tensor([1]),
-        "grid_size": (4, 4),
+        "grid_size": (5, 4),
         "temperature": 0.2,
-        "threshold": 1 / 16,
+        "threshold": 1 / 20,
         "normalize": NORMALIZE.index("max"),
         "norm": NORM.index("l1"),
     }
@@ -353,13 +365,13 @@ VARIANTS = {
     ),
     "index": ({"index": torch.tensor([1, 0])}, {"index": torch.tensor([0, 0])}),
     "ready map": (
-        {"saliency": torch.rand(2, 6, 6), "norm": NORM.index("area")},
-        {"saliency": torch.rand(2, 7, 8)},
+        {"saliency": torch.rand(2, 6, 5), "norm": NORM.index("area")},
+        {"saliency": torch.rand(2, 9, 7)},
     ),
     "k": ({"k": 5}, {"k": 16}),
     "augmentations and out": (
-        {"augmentations": 3, "no_fixed_points": True, "out": torch.empty(6, 3, 8, 8)},
-        {"out": torch.empty(6, 3, 8, 8)},
+        {"augmentations": 3, "no_fixed_points": True, "out": torch.empty(6, 3, 10, 8)},
+        {"out": torch.empty(6, 3, 10, 8)},
     ),
     "class ids": (
         {"targets": torch.tensor([3, 1]), "num_classes": 10, "label_smoothing": 0.1},
@@ -370,24 +382,24 @@ VARIANTS = {
         {"targets": torch.rand(2, 300), "num_classes": 300},
     ),
     "splits": (
-        {"features": torch.rand(2, 1024, 4, 4), "seed": host(5)},
-        {"features": torch.rand(2, 1024, 4, 4), "seed": host(6)},
+        {"features": torch.rand(2, 1024, 5, 4), "seed": host(5)},
+        {"features": torch.rand(2, 1024, 5, 4), "seed": host(6)},
     ),
     "third launch": (
         {
-            "images": torch.rand(1, 3, 40, 40),
-            "features": torch.rand(1, 4, 40, 40),
-            "grid_size": (40, 40),
+            "images": torch.rand(1, 3, 40, 44),
+            "features": torch.rand(1, 4, 40, 44),
+            "grid_size": (40, 44),
         },
         {"temperature": 0.1},
     ),
     "bytes, channels_last": (
         {
-            "images": channels_last(2, 4, 16, 16, dtype=torch.uint8),
-            "features": channels_last(2, 64, 4, 4, dtype=torch.bfloat16),
+            "images": channels_last(2, 4, 16, 24, dtype=torch.uint8),
+            "features": channels_last(2, 64, 5, 4, dtype=torch.bfloat16),
             "normalize": NORMALIZE.index("none"),
         },
-        {"images": channels_last(2, 4, 16, 16, dtype=torch.uint8)},
+        {"images": channels_last(2, 4, 16, 24, dtype=torch.uint8)},
     ),
 }
 
@@ -401,16 +413,16 @@ def test_saliency_graft(observed, variant):
 
 @pytest.mark.parametrize("channels", [16, 1024], ids=["whole", "splits"])
 def test_channel_saliency(observed, channels):
-    calls = [(torch.rand(batch, channels, 4, 4),) for batch in (2, 3)]
+    calls = [(torch.rand(batch, channels, 5, 4),) for batch in (2, 3)]
     check_launches(observed, operators.channel_saliency, calls, expected_channel_saliency)
 
 
-MASK = torch.rand(4, 2, 2) < 0.5
+MASK = torch.rand(4, 2, 4) < 0.5
 INDEX = torch.tensor([1, 0, 0, 1])
 
 
 def test_graft(observed):
-    calls = [(torch.rand(2, 3, 8, 8), MASK, INDEX) for _ in range(2)]
+    calls = [(torch.rand(2, 3, 10, 8), MASK, INDEX) for _ in range(2)]
 
     def expected(observed, arguments, out):
         return expected_graft(observed, *arguments, out)
@@ -419,7 +431,7 @@ def test_graft(observed):
 
 
 def test_graft_with_out(observed):
-    calls = [(torch.rand(2, 3, 8, 8), MASK, INDEX, torch.empty(4, 3, 8, 8)) for _ in range(2)]
+    calls = [(torch.rand(2, 3, 10, 8), MASK, INDEX, torch.empty(4, 3, 10, 8)) for _ in range(2)]
 
     def expected(observed, arguments, result):
         return expected_graft(observed, *arguments)
@@ -428,7 +440,7 @@ def test_graft_with_out(observed):
 
 
 def test_graft_backward(observed):
-    calls = [(torch.rand(4, 3, 8, 8), MASK, INDEX, 2) for _ in range(2)]
+    calls = [(torch.rand(4, 3, 10, 8), MASK, INDEX, 2) for _ in range(2)]
     check_launches(observed, operators.graft_backward, calls, expected_graft_backward)
 
 

@@ -123,7 +123,7 @@ def installed(folder: Path) -> Iterator[Recorder]:
     paths = {"TRITON_LIBCUDA_PATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
     with (
         mock.patch.dict(os.environ, paths),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
+        mock.patch.object(torch.cuda, "current_device", current_device),
         mock.patch.object(triton.runtime.driver, "_active", hopper()),
     ):
         loaded.add(recorder.describe)
@@ -134,9 +134,13 @@ def installed(folder: Path) -> Iterator[Recorder]:
             loaded.remove(recorder.describe)
 
 
+def current_device() -> int:
+    return 0
+
+
 def hopper() -> CudaDriver:
     driver = CudaDriver()
-    driver.get_current_device = lambda: 0
+    driver.get_current_device = current_device
     driver.get_device_capability = lambda device: (9, 0)
     driver.get_current_stream = lambda device: STREAM
     return driver
