@@ -320,8 +320,8 @@ def _launch_2(
                 mixed=outputs.targets,
             ),
             rows,
-            tile.tiles,
             planned.grids,
+            tile.tiles,
             Options(
                 temperature=call.temperature,
                 threshold=call.threshold,

@@ -16,8 +16,8 @@ COLUMNS = tl.constexpr(256)
 def saliency_graft_kernel(
     memory: RowsMemory,
     rows: Rows,
-    tiles: Tiles,
     maps: Maps,
+    tiles: Tiles,
     options: Options,
     STAGES: tl.constexpr,
     CELLS: tl.constexpr,
