@@ -16,7 +16,7 @@ from benchmarks import gpu
 from benchmarks.speed import candidates, check, compare, memory, readme, results
 from benchmarks.speed.results import Row
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUN = dict.fromkeys(results.RUN, "2026-01-02") | {"device": "a machine", "versions": "torch 2.13.0"}
 
