@@ -122,7 +122,7 @@ void find_runs(const bool* cells, std::int64_t count, std::int64_t width, std::v
     if (!runs.empty() && runs.back().own == cells[cell])
       runs.back().end = end;
     else
-      runs.emplace_back() = {begin, end, cells[cell]};  // push_back would load a temporary too soon
+      runs.emplace_back() = {begin, end, cells[cell]};  // push_back copies a temporary: slower
     begin = end;
   }
 }
@@ -152,7 +152,7 @@ std::vector<std::int64_t> along_cycles(
 }
 
 std::int64_t strips_per_row(std::int64_t rows, std::int64_t bytes, Grid grid) {
-  // Every strip of a row works out its mask again, which a small copy does not make up for.
+  // Every strip works out its row's mask again, which does not pay for copying less.
   constexpr std::int64_t kWorthCutting = 256 << 10;
   constexpr std::int64_t kStripsPerThread = 4;  // so that threads finish at about the same time
   const std::int64_t wanted = kStripsPerThread * torch::stable::get_num_threads();

@@ -12,9 +12,8 @@ constexpr int kMixedInFlight = 2;
 template <int kBytes>
 constexpr std::uint32_t kAll = (std::uint32_t{1} << kBytes) - 1;
 
-// The chunks of a tile that a thread works on: chunk number `chunk` in the lines first, first +
-// step,
-// ... below last; it lies in the cells first_cell .. last_cell of a row of cells.
+// The chunks of a tile that a thread works on: number `chunk` of every `step`-th line, from `first`
+// to before `last`. They lie in cells first_cell to last_cell of a row of cells.
 struct Column {
   std::int32_t chunk, first, step, last;
   std::int32_t first_cell, last_cell;
