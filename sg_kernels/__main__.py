@@ -1,15 +1,20 @@
-"""``python -m sg_kernels info``: the environment and the backends, as a bug report needs them."""
+"""``python -m sg_kernels``: what a bug report needs.
+
+``info`` prints the environment and the backends; ``verify`` compares the backends.
+"""
 
 import argparse
 import importlib
 import os
 import platform
+import sys
 from collections.abc import Iterator
 
 import torch
 
 import sg_kernels
 from sg_kernels import backends
+from sg_kernels.verify import verify
 
 
 def version(module: str) -> str:
@@ -20,7 +25,7 @@ def version(module: str) -> str:
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """Each line of the report: what it is about, and what holds here."""
+    """The lines of the report: a name and its value."""
     yield "sg_kernels", sg_kernels.__version__
     yield "python", platform.python_version()
     for module in ("torch", "numpy", "triton"):
@@ -43,11 +48,23 @@ def facts() -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sg_kernels")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     commands.add_parser("info", help="print versions, devices, backends and settings")
-    parser.parse_args()
+    comparing = commands.add_parser(
+        "verify",
+        help="compare every backend that runs here with the reference; exit 1 if any differs",
+    )
+    comparing.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
+    comparing.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    options = parser.parse_args()
+    if options.command == "verify":
+        sys.exit(0 if verify(options.device, options.seed) else 1)
     for name, value in facts():
         print(f"{name:<20}{value}")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":
