@@ -34,7 +34,7 @@ class Candidate(NamedTuple):
 
 
 COPY, COMPILED = "copy_ of the same bytes", "compiled reference"
-TARGETS = ", targets"
+TARGETS, MAP_GIVEN, SALIENCY = ", targets", ", out=, map given", " channel_saliency"
 
 
 def own_backends(device: str) -> list[str]:
@@ -61,6 +61,20 @@ def ours(backend: str) -> list[Candidate]:
         Candidate(f"{backend}, out=", into_out, whole=True),
         Candidate(backend + TARGETS, with_targets, whole=True),
     ]
+
+
+def stages(backend: str) -> list[Candidate]:
+    """Its two halves alone."""
+
+    def graft(case: Case, data: Data) -> Run:
+        saliency = sg_kernels.channel_saliency(data.features, backend=backend)
+        given = {"saliency": saliency, "seed": data.seed, "out": empty_rows(case, data)}
+        return partial(sg_kernels.saliency_graft, data.images, **given, backend=backend)
+
+    def saliency(case: Case, data: Data) -> Run:
+        return partial(sg_kernels.channel_saliency, data.features, backend=backend)
+
+    return [Candidate(backend + MAP_GIVEN, graft), Candidate(backend + SALIENCY, saliency)]
 
 
 def empty_rows(case: Case, data: Data) -> Tensor:
@@ -130,10 +144,10 @@ def compiled(device: str, quick: bool) -> list[Candidate]:
     ]
 
 
-def copy_of_the_floor() -> Candidate:
-    """The same bytes moved by copy_: what the machine can do."""
+def copies() -> list[Candidate]:
+    """What the machine can do: the floor's bytes moved by copy_, and the parts of that work."""
 
-    def build(case: Case, data: Data) -> Run:
+    def same_bytes(case: Case, data: Data) -> Run:
         images, features = in_storage_order(data.images), in_storage_order(data.features)
         # A copy reads and writes, so it moves all of the floor's bytes by copying half of them.
         sources = [images, features[: features_bytes(case) // data.features.itemsize // 2]]
@@ -143,7 +157,15 @@ def copy_of_the_floor() -> Candidate:
         pairs = [(fill(torch.empty_like(source)), source) for source in sources]
         return lambda: [destination.copy_(source) for destination, source in pairs]
 
-    return Candidate(COPY, build, whole=True, against=(", out=", ""))
+    def images(case: Case, data: Data) -> Run:
+        return partial(fill(torch.empty_like(data.images)).copy_, data.images)
+
+    return [
+        Candidate(COPY, same_bytes, whole=True, against=(", out=", "")),
+        Candidate("copy_ of the images", images, against=(MAP_GIVEN,)),
+        Candidate("clone of the images", lambda case, data: data.images.clone, against=("",)),
+        Candidate("sum of the features", lambda case, data: data.features.sum, against=(SALIENCY,)),
+    ]
 
 
 def in_storage_order(tensor: Tensor) -> Tensor:
@@ -223,6 +245,6 @@ def peers() -> list[Candidate]:
 
 def everything(device: str) -> list[Candidate]:
     """All but what is compiled."""
-    own = [each for backend in own_backends(device) for each in ours(backend)]
+    own = [each for name in own_backends(device) for each in (*ours(name), *stages(name))]
     launches = [two_launches()] if device == "cuda" else []
-    return [*own, EAGER, copy_of_the_floor(), *launches, *peers()]
+    return [*own, EAGER, *copies(), *launches, *peers()]

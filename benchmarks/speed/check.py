@@ -31,7 +31,7 @@ from benchmarks.speed.results import Row, row_of
 LEAST = ", least accepted"
 FALSE_ALARMS = 0.01
 """At most this share of checks of all ratios fails though nothing has changed."""
-OTHERS = (candidates.EAGER.name, candidates.COPY, "timm CutMix, batch (in place)")
+PEER = "timm CutMix, batch (in place)"
 KEY = ["case", "shape", "candidate", "figure"]
 
 
@@ -68,14 +68,16 @@ def measure(device: str, quick: bool, rounds: int) -> list[Row]:
     torch.manual_seed(0)
     np.random.seed(0)
     clock = DeviceClock() if device == "cuda" else None
-    own = [each.name for b in candidates.own_backends(device) for each in candidates.ours(b)]
-    chosen = [each for each in candidates.everything(device) if each.name in (*own, *OTHERS)]
+    peers = {each.name for each in candidates.peers()} - {PEER}
+    chosen = [each for each in candidates.everything(device) if each.name not in peers]
     chosen += candidates.compiled(device, quick)[:1]
     rows = []
     for case in cases.headline(device, quick):
         prepared = Prepared(case, chosen, device, clock)
         found = prepared.ratio_rows(prepared.samples(DEVICE_TIME if clock else TIME, rounds))
-        rows += [row for row in found if row.figure != OVER_COPY]  # there lower is better
+        # Lower is better over the copy; cloning differs most from run to run, as the system does.
+        skipped = {OVER_COPY, "clone of the images"}
+        rows += [row for row in found if skipped.isdisjoint(row)]
         rows += prepared.missing
     return rows
 

@@ -29,7 +29,7 @@ from benchmarks.speed.candidates import (
     Candidate,
     Run,
     compiled,
-    copy_of_the_floor,
+    copies,
     everything,
     ours,
     own_backends,
@@ -266,7 +266,7 @@ def grow(
     chosen = [EAGER, *(each for backend in own_backends(device) for each in ours(backend)[:2])]
     for case in points:
         several = {c.name: n_calls_of_one(c) for c in chosen if case.augmentations > 1}
-        prepared = Prepared(case, [*chosen, copy_of_the_floor(), *several.values()], device, clock)
+        prepared = Prepared(case, [*chosen, copies()[0], *several.values()], device, clock)
         samples = prepared.samples(figure, rounds)
         for name, repeated in several.items():
             if name in samples and repeated.name in samples:

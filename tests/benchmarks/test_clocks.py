@@ -36,7 +36,7 @@ def test_the_floor_is_what_its_copy_moves(augmentations, channels_last):
     case = CASE._replace(augmentations=augmentations, channels_last=channels_last)
     floor = 4 * (4 * 16 * 4 * 4 + (1 + augmentations) * 4 * 3 * 8 * 8)
     assert cases.floor_bytes(case) == floor
-    copy = candidates.copy_of_the_floor().build(case, cases.make_data(case, "cpu"))
+    copy = candidates.copies()[0].build(case, cases.make_data(case, "cpu"))
     with Moved() as moved:
         copy()
     assert moved.total == floor
@@ -251,7 +251,7 @@ def test_the_copy_whose_bandwidth_counts_is_timed_several_times_at_once(fake_cud
 @pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:features .* one cell")
 def test_a_whole_run_under_the_device_clock(fake_cuda, monkeypatch):
     """What a machine without a GPU can show of a run with one: every line but the kernels."""
-    launches, copy = candidates.two_launches(), candidates.copy_of_the_floor()
+    launches, copy = candidates.two_launches(), candidates.copies()[0]
     chosen = [*candidates.ours("cpp"), EAGER, copy, launches]
     monkeypatch.setattr(compare, "everything", lambda device: chosen)
     monkeypatch.setattr(compare, "measure_steps", lambda device, quick, rounds: [])
@@ -286,7 +286,7 @@ def test_every_figure_of_a_case_follows_from_the_times(fake_cuda):
 
     own, peer = candidates.ours("cpp"), candidates.peers()[0]
     chosen = [taking(each, time) for each, time in zip(own, (8.0, 5.0, 9.0))]
-    chosen += [taking(EAGER, 40.0), taking(candidates.copy_of_the_floor(), 4.0)]
+    chosen += [taking(EAGER, 40.0), taking(candidates.copies()[0], 4.0)]
     chosen += [taking(candidates.two_launches(), 2.0), taking(peer, 90.0, waits=True)]
     clock = measure.DeviceClock("cpu")
     sections = compare.headline(CASE, chosen, "cpu", clock, 3)
