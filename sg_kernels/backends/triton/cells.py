@@ -35,6 +35,7 @@ def window_end(position, size, grid):
 def sum_values(
     values,
     maps,
+    batch,
     sample,
     first,
     valid,
@@ -62,7 +63,7 @@ def sum_values(
                 y, x = inner // maps.window.width, inner % maps.window.width
                 place = place + y * maps.size.width + x
                 inside = inside & (y < high[None, :]) & (x < wide[None, :])
-            row = split.to(tl.int64) * maps.batch + sample
+            row = split.to(tl.int64) * batch + sample
             inside = inside & (split < splits)
             whole = values + row * (maps.size.height * maps.size.width)
             value = tl.load(whole + place, mask=inside, other=0.0)
@@ -76,6 +77,7 @@ def sum_values(
 def resample(
     values,
     maps,
+    batch,
     sample,
     cell,
     valid,
@@ -92,10 +94,12 @@ def resample(
         high = window_end(cy, size.height, grid.height) - top
         wide = window_end(cx, size.width, grid.width) - left
         first, extent = top * size.width + left, (high, wide)
-        total = sum_values(values, maps, sample, first, valid, extent, CHECKED, TERMS, UNROLL)
+        total = sum_values(
+            values, maps, batch, sample, first, valid, extent, CHECKED, TERMS, UNROLL
+        )
         total = total / (high * wide).to(tl.float32)
     else:
-        total = sum_values(values, maps, sample, cell, valid, None, CHECKED, TERMS, UNROLL)
+        total = sum_values(values, maps, batch, sample, cell, valid, None, CHECKED, TERMS, UNROLL)
     return total
 
 

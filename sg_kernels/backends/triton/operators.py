@@ -99,8 +99,9 @@ def channel_saliency(features: Tensor) -> Tensor:
             plan.THREADS,
             (
                 SaliencyMemory(features.data_ptr(), partials),
+                batch,
                 sums,
-                Maps(batch, splits, size, size, Size(1, 1)),
+                Maps(splits, size, size, Size(1, 1)),
                 NO_PAIRING,
             ),
             False,
@@ -243,7 +244,7 @@ def _empty_outputs(planned: plan.Plan, call: Call, out: Tensor) -> Outputs:
         images.new_empty(rows, dtype=torch.float32),
         images.new_empty(rows, dtype=torch.int64),
         images.new_empty(rows, *planned.maps.grid, dtype=torch.bool),
-        images.new_empty(planned.maps.batch, *planned.maps.size, dtype=torch.float32),
+        images.new_empty(planned.rows.batch, *planned.maps.size, dtype=torch.float32),
         images.new_empty(rows, columns, dtype=torch.float32),
     )
 
@@ -253,7 +254,7 @@ def _launch_1(
 ) -> tuple[Tensor, Tensor]:
     """Sums the channels and draws the pairing. Returns what launch 2 reads: maps and seed."""
     block, sums, splits = planned.saliency
-    images, seed, batch = call.images, call.seed, planned.maps.batch
+    images, seed, batch = call.images, call.seed, planned.rows.batch
     partials, grid = outputs.saliency, None
     if splits > 1:
         partials = images.new_empty(splits, *partials.shape, dtype=torch.float32)
@@ -279,6 +280,7 @@ def _launch_1(
                 seed=None if on_host else seed,
                 step=call.step,
             ),
+            batch,
             sums,
             planned.maps,
             Pairing(programs, call.rank, int(seed) if on_host else 0),
@@ -320,8 +322,8 @@ def _launch_2(
                 mixed=outputs.targets,
             ),
             rows,
-            planned.grids,
             tile.tiles,
+            planned.grids,
             Options(
                 temperature=call.temperature,
                 threshold=call.threshold,

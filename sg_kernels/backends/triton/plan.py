@@ -419,7 +419,7 @@ def saliency_graft(
             source_shape, source_strides, source_itemsize, source_aligned, multiprocessors
         )
         values = summed.splits * averaged
-    maps = Maps(shape[0], summed.splits, size, grid, windows)
+    maps = Maps(summed.splits, size, grid, windows)
     gridded = ready and grid != size
     held, threads, at_once = cells(grid_cells, values)
     copied = tile(
@@ -445,6 +445,6 @@ def saliency_graft(
         cells=held,
         threads=threads,
         tile=copied,
-        rows=Rows(rows, parts),
+        rows=Rows(shape[0], rows, parts),
         at_once=at_once,
     )

@@ -16,8 +16,8 @@ COLUMNS = tl.constexpr(256)
 def saliency_graft_kernel(
     memory: RowsMemory,
     rows: Rows,
-    maps: Maps,
     tiles: Tiles,
+    maps: Maps,
     options: Options,
     STAGES: tl.constexpr,
     CELLS: tl.constexpr,
@@ -34,17 +34,19 @@ def saliency_graft_kernel(
     TARGETS: tl.constexpr = STAGES.targets
     program = tl.program_id(0)
     row, part = program % rows.rows, program // rows.rows - tl.cast(rows.parts > 1, tl.int32)
-    draw, own = row // maps.batch, (row % maps.batch).to(tl.int64)
+    draw, own = row // rows.batch, (row % rows.batch).to(tl.int64)
     row = row.to(tl.int64)
     if memory.step is not None and program == 0:  # launch 1 has read it
         tl.store(memory.step, tl.load(memory.step) + 1)
 
     seed = tl.load(memory.call_seed)
-    other, known = destination_of(memory.index, row, own, maps.batch)
+    other, known = destination_of(memory.index, row, own, rows.batch)
     grid_cells = maps.grid.height * maps.grid.width
     cell = tl.arange(0, CELLS.cells)
     valid = cell < grid_cells
-    grid = cells.resample(memory.maps, maps, own, cell, valid, True, CELLS.terms, CELLS.unroll)
+    grid = cells.resample(
+        memory.maps, maps, rows.batch, own, cell, valid, True, CELLS.terms, CELLS.unroll
+    )
     p, grafts = cells.draw_keep_prob(draw, seed, memory.quantiles, options)
     keep = cells.select(grid, cell, valid, grid_cells, options, STAGES, CELLS.cells)
     kept = cells.sample(keep, cell, valid, own, draw, seed, p, grafts)
@@ -63,7 +65,7 @@ def saliency_graft_kernel(
             memory.targets, own, other, known, options.num_classes, TARGETS
         )
         other_grid = cells.resample(
-            memory.maps, maps, other, cell, valid, True, CELLS.terms, CELLS.unroll
+            memory.maps, maps, rows.batch, other, cell, valid, True, CELLS.terms, CELLS.unroll
         )
         lam = cells.label_ratio(grid, other_grid, kept, valid, grid_cells, NORM)
         lam = tl.where(known, lam, float("nan"))
@@ -88,7 +90,16 @@ def saliency_graft_kernel(
                 place = start + cell
                 exists = place < map_cells
                 value = cells.sum_values(
-                    memory.maps, maps, own, place, exists, None, True, CELLS.terms, CELLS.unroll
+                    memory.maps,
+                    maps,
+                    rows.batch,
+                    own,
+                    place,
+                    exists,
+                    None,
+                    True,
+                    CELLS.terms,
+                    CELLS.unroll,
                 )
                 tl.store(memory.saliency + own * map_cells + place, value, mask=exists)
 

@@ -34,7 +34,7 @@ def sum_planes(features, partial, tile, first, last, size, sums, BLOCK: tl.const
     A row has as many planes as make its length a multiple of ``lanes`` where h * w is not. If these
     are several, the columns of the program, chunks * lanes, hold the whole row.
     """
-    UNROLL: tl.constexpr = BLOCK.unroll  # in Triton 3.6 a field itself is no constexpr
+    UNROLL: tl.constexpr = BLOCK.unroll
     COLUMNS: tl.constexpr = BLOCK.chunks * BLOCK.lanes
     CELLS: tl.constexpr = COLUMNS // BLOCK.planes
     map_cells = size.height * size.width
@@ -81,7 +81,7 @@ def sum_channels(features, partial, tile, first, last, size, sums, BLOCK: tl.con
 
 
 @triton.jit
-def check_map(given, memory, maps, sample, part, parts, BLOCK: tl.constexpr):
+def check_map(given, memory, maps, batch, sample, part, parts, BLOCK: tl.constexpr):
     """Copies part of a ready map, with NaN for what is not >= 0, and resamples part of its grid.
 
     ``rows`` values of each of ``chunks`` cells are read in parallel.
@@ -97,13 +97,14 @@ def check_map(given, memory, maps, sample, part, parts, BLOCK: tl.constexpr):
         for start in range(part * BLOCK.chunks, grid_cells, parts * BLOCK.chunks):
             cell = start + tl.arange(0, BLOCK.chunks)
             valid = cell < grid_cells
-            value = cells.resample(given, maps, sample, cell, valid, False, BLOCK.rows, 1)
+            value = cells.resample(given, maps, batch, sample, cell, valid, False, BLOCK.rows, 1)
             tl.store(memory.grid + sample * grid_cells + cell, value, mask=valid)
 
 
 @triton.jit
 def saliency_kernel(
     memory: SaliencyMemory,
+    batch: tl.int32,
     sums: Sums,
     maps: Maps,
     pairing: Pairing,
@@ -124,19 +125,19 @@ def saliency_kernel(
                 key = philox.call_seed(key, tl.load(memory.step), pairing.rank)
             if program == 0:
                 tl.store(memory.call_seed, key)
-            draw_pairing(program, maps.batch, memory, key, NO_FIXED_POINTS)
+            draw_pairing(program, batch, memory, key, NO_FIXED_POINTS)
     else:
         task = program - pairing.programs
         tile, split = task % sums.tiles, task // sums.tiles % maps.splits
         sample = (task // sums.tiles // maps.splits).to(tl.int64)
         if BLOCK.layout == "given":
             given = chunks_of(memory.source, ELEMENT, 1)
-            check_map(given, memory, maps, sample, tile, sums.tiles, BLOCK)
+            check_map(given, memory, maps, batch, sample, tile, sums.tiles, BLOCK)
         else:
             source = chunks_of(memory.source, ELEMENT, BLOCK.lanes)
             features = source + sample * sums.sample_stride * BLOCK.lanes
             size = maps.size
-            partial = split.to(tl.int64) * maps.batch + sample
+            partial = split.to(tl.int64) * batch + sample
             partial = memory.partials + partial * size.height * size.width
             share = tl.cdiv(sums.rows, maps.splits)
             first, last = split * share, min(sums.rows, (split + 1) * share)
