@@ -28,7 +28,8 @@ demo: $(STAMP) ## trains with and without grafting, compares the backends, draws
 
 test: test-compiled test-interpreted test-emulated ## the test suite, Triton's kernels interpreted and CUDA's emulated
 
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS)
+# By file, so that what a module's tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-compiled: $(STAMP)
 	$(PYTEST)
@@ -42,14 +43,14 @@ test-interpreted: $(STAMP)
 
 test-emulated: $(EMULATION)
 	SG_KERNELS_EMULATION=$(EMULATION) $(PYTEST) -k cuda --cases 12 \
-		--ignore tests/triton --ignore tests/test_distribution.py --ignore tests/benchmarks
+		--ignore tests/test_distribution.py --ignore tests/benchmarks
 
 $(EMULATION): $(STAMP) $(NATIVE) $(wildcard tests/emulation/*)
 	$(RUN) tests/emulation/build.py $@
 
 test-triton-3.6: $(STAMP) ## the Triton backend on the oldest Triton it supports
 	$(RUN) -m pip install --quiet --upgrade --no-deps --target build/triton-3.6 triton==3.6.0 "numpy<2.4"
-	PYTHONPATH=build/triton-3.6 $(PYTEST) tests/test_triton.py
+	PYTHONPATH=build/triton-3.6 $(PYTEST) tests/test_triton_plan.py tests/test_triton_launches.py tests/test_driver.py
 	TRITON_INTERPRET=1 PYTHONPATH=build/triton-3.6 $(PYTEST) $(INTERPRETED)
 
 aot: $(STAMP) ## compiles every kernel for five GPUs: registers, spills, width of each access
@@ -63,7 +64,7 @@ sanitize: $(STAMP) ## the test suite on a build with ASan and UBSan
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest \
-		--ignore tests/test_backends.py --ignore tests/test_benchmarks.py --ignore tests/test_setup.py
+		--ignore tests/test_backends.py --ignore tests/benchmarks --ignore tests/test_setup.py
 
 lint: $(STAMP) ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
