@@ -25,24 +25,24 @@ static int parameter_counts[MAX_FUNCTIONS];
 static uint8_t parameter_bytes[MAX_FUNCTIONS][MAX_PARAMETERS];
 
 /* A launch does not say how large its parameters are: the kernel does. */
-void recorder_describe(uint64_t function, int count, const uint8_t *bytes) {
+void recorder_describe(uint64_t function, int count, const uint8_t* bytes) {
   if (function >= MAX_FUNCTIONS || count > MAX_PARAMETERS) return;
   parameter_counts[function] = count;
   memcpy(parameter_bytes[function], bytes, count);
 }
 
-const struct launch *recorder_launches(int *count) {
+const struct launch* recorder_launches(int* count) {
   *count = launch_count;
   return launches;
 }
 
 void recorder_forget(void) { launch_count = 0; }
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **params, void **extra) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction f, void** params, void** extra) {
   uintptr_t function = (uintptr_t)f;
   if (function >= MAX_FUNCTIONS || parameter_counts[function] == 0) return CUDA_ERROR_INVALID_VALUE;
   if (launch_count == MAX_LAUNCHES) return CUDA_SUCCESS;
-  struct launch *launch = &launches[launch_count++];
+  struct launch* launch = &launches[launch_count++];
   *launch = (struct launch){
       .function = function,
       .stream = (uintptr_t)config->hStream,
@@ -58,19 +58,19 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **par
 }
 
 /* A module holds one function, and both have the same number, from 1 on. */
-CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   *module = (CUmodule)++function_count;
   return CUDA_SUCCESS;
 }
 
-CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   *function = (CUfunction)module;
   return CUDA_SUCCESS;
 }
 
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 
-CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
+CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction function) {
   *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
   return CUDA_SUCCESS;
 }
@@ -82,13 +82,13 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 
 /* The addresses of tensors on the CPU pass as those of a device. */
-CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
-  *(CUdeviceptr *)data = pointer;
+CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  *(CUdeviceptr*)data = pointer;
   return CUDA_SUCCESS;
 }
 
 /* An H100. */
-CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
@@ -102,59 +102,59 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
   return CUDA_SUCCESS;
 }
 
-CUresult cuDeviceGet(CUdevice *device, int ordinal) {
+CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   *device = ordinal;
   return CUDA_SUCCESS;
 }
 
-CUresult cuDeviceGetCount(int *count) {
+CUresult cuDeviceGetCount(int* count) {
   *count = 1;
   return CUDA_SUCCESS;
 }
 
-CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   *context = (CUcontext)1;
   return CUDA_SUCCESS;
 }
 
-CUresult cuCtxGetCurrent(CUcontext *context) {
+CUresult cuCtxGetCurrent(CUcontext* context) {
   *context = (CUcontext)1;
   return CUDA_SUCCESS;
 }
 
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
 
-CUresult cuCtxGetDevice(CUdevice *device) {
+CUresult cuCtxGetDevice(CUdevice* device) {
   *device = 0;
   return CUDA_SUCCESS;
 }
 
-CUresult cuCtxGetLimit(size_t *value, CUlimit limit) {
+CUresult cuCtxGetLimit(size_t* value, CUlimit limit) {
   *value = 0;
   return CUDA_SUCCESS;
 }
 
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
 
-CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
   *status = CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
 
-CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function,
-                                      const CUlaunchConfig *config) {
+CUresult cuOccupancyMaxActiveClusters(
+    int* count, CUfunction function, const CUlaunchConfig* config) {
   *count = 1;
   return CUDA_SUCCESS;
 }
 
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 
-CUresult cuDriverGetVersion(int *version) {
+CUresult cuDriverGetVersion(int* version) {
   *version = CUDA_VERSION;
   return CUDA_SUCCESS;
 }
 
-CUresult cuGetErrorString(CUresult error, const char **text) {
+CUresult cuGetErrorString(CUresult error, const char** text) {
   *text = "a kernel that the recorder knows nothing of";
   return CUDA_SUCCESS;
 }
