@@ -135,7 +135,7 @@ def test_splits_double_until_every_multiprocessor_has_work(multiprocessors):
     ("grid_cells", "most"), [(1, 64), (64, 64), (65, 64), (256, 64), (257, 16), (1024, 16)]
 )
 def test_launch_2_adds_up_at_most_max_terms_per_thread(grid_cells, most):
-    """A thread holds 2 cells of a grid of up to 256, else 8: so many times ``most`` values."""
+    """A thread holds 2 cells of grids up to 256, else 8, each a sum of at most ``most`` values."""
     for values in (1, most):
         held, threads, at_once = plan.cells(grid_cells, values)
         assert at_once

@@ -47,7 +47,7 @@ def sum_values(
     """Sums the splits of each cell: its value at ``first``, or all those in an ``extent`` from it.
 
     UNROLL times TERMS values are read at once, TERMS of them by different threads. Values not
-    CHECKED yet, of a ready map without splits, are checked.
+    CHECKED yet, of a ready map without splits, are checked first.
     """
     splits = maps.splits if CHECKED else 1
     window_cells = 1 if extent is None else maps.window.height * maps.window.width

@@ -29,7 +29,7 @@ from sg_kernels.backends.triton.saliency import SAMPLES, saliency_kernel
 from sg_kernels.call import NORM, NORMALIZE, Call, Outputs
 
 UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
-"""Images of any dtype are copied as integers of so many bytes."""
+"""The integers that images are copied as, by their bytes."""
 FLOATS = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,

@@ -6,17 +6,16 @@ rounded to powers of two, so that few variants are compiled.
 
 The policy, which csrc/cuda shares:
 
-- Launch 1 splits the channels of a sample where a batch alone would leave multiprocessors idle.
+- Launch 1 splits the channels of each sample where a batch alone would leave multiprocessors idle.
   Each split writes a partial sum; launch 2 adds them up.
 - In launch 2 several programs share the tiles of a row, and each works out the row's mask itself.
-  That is cheap while the grid has at most MAX_CELLS_IN_LAUNCH_2 cells, and a thread adds up at most
-  MAX_TERMS values for them. These are its "terms": how many cells it holds, times the values that
-  are summed to one of them, splits times window. Beyond either limit one program per row works out
-  the mask, and a third launch copies.
-- A chunk is the widest access that pointers, strides and lines allow. Tiles shrink, and rows are
-  shared out, until every multiprocessor has work.
+  This is cheap for grids of at most MAX_CELLS_IN_LAUNCH_2 cells and at most MAX_TERMS "terms": the
+  values that a thread adds up for its cells, which is cells per thread x splits x window. Beyond
+  either limit, one program per row works out the mask and a third launch copies.
+- A chunk is the widest access that pointers, strides and lines allow. Tiles shrink, and more
+  programs share a row, until every multiprocessor has work.
 
-How many programs are enough is a multiple of the number of multiprocessors.
+The number of programs aimed at is a multiple of the number of multiprocessors.
 """
 
 from functools import lru_cache
@@ -57,18 +56,18 @@ each. The blocks of csrc have twice the threads, and half the limit."""
 THREADS = 128
 """Of a program: small enough that one program waits for memory while others run."""
 MANY_THREADS = 1024
-"""Of a program that holds more than MAX_CELLS_IN_LAUNCH_2 cells: 4 each."""
+"""Of a program that holds more than MAX_CELLS_IN_LAUNCH_2 cells: up to 4 per thread."""
 WARP = 32
 """Of a program whose cells fit one warp, which needs no barriers."""
 
 PROGRAMS_1 = 6.5
-"""Least programs of launch 1 per multiprocessor, on average, if splits can make so many. Eight of
-64 registers per thread fit, and splits double."""
+"""Splits double until launch 1 has this many programs per multiprocessor, on average. Eight fit, at
+64 registers per thread."""
 PROGRAMS_2 = 15.5
-"""Least programs of launch 2 per multiprocessor, on average, if a row has tiles enough: two rounds
-of about eight, so that the last to finish cost little. More would work out more masks again."""
+"""Programs of launch 2 per multiprocessor, on average, where rows have enough tiles: two rounds of
+about eight, so that the last to finish cost little. More would repeat more masks."""
 MIN_PROGRAMS = 2
-"""Tiles shrink until a multiprocessor has more than so many, to hide the latency of memory."""
+"""Tiles shrink until there are more programs per multiprocessor, to hide the latency of memory."""
 
 MAX_SPLITS = 16
 """More would cost launch 2 more loads than they save launch 1."""
@@ -84,20 +83,20 @@ CHANNEL_CHUNKS = 32
 UNROLL = 8
 """Loads in flight per thread of launch 1, where there is enough to read."""
 SHORT_UNROLL = 4
-"""The same where all is read in at most so many blocks: more loads would lie past the end."""
+"""The same where at most this many blocks hold everything: more loads would lie past the end."""
 
 GIVEN_VALUES = 1024
 """Values of a ready map that a program reads at once: 8 per thread."""
 GIVEN_CELLS = 256
 """Most cells that it resamples at once: 2 per thread."""
 GIVEN_TERMS = (1, 16, 256)
-"""How many values of a cell it reads in parallel: as few of these as hold a window, else the most.
-Three variants are compiled."""
+"""Values of a cell that it reads in parallel: the first of these that holds a window, or the last.
+Only these variants are compiled."""
 MAX_GIVEN_TILES = 64
-"""Most programs per ready map: a batch of two already fills a device."""
+"""Most programs per ready map: a batch of four then gives a large device two per multiprocessor."""
 
 BLOCKS_OF_CELLS = (64, 256, 1024)
-"""Cells of a block in launch 2, so that three variants serve all its grids: one warp up to 64."""
+"""Cells of a block in launch 2: three variants serve all its grids, the first with one warp."""
 PARALLEL_VALUES = 4096
 """Values that a program reads in parallel where a cell has too many for one thread."""
 TERMS_IN_FLIGHT = 4
@@ -108,7 +107,7 @@ ACCESSES = 4
 MIN_CHUNKS = 256
 """Least chunks of a tile, however few its threads are: 4 KiB."""
 MIN_ACCESSES = 2
-"""Tiles do not shrink below so many chunks per thread."""
+"""Least chunks per thread to which tiles shrink."""
 MAX_CHUNKS_ACROSS = 256
 """Most chunks of a line in a tile: 4 KiB."""
 MIN_UNIT = 4
@@ -181,7 +180,7 @@ def splits_of(
     batch: int, tiles: int, row_count: int, block: int, map_cells: int, multiprocessors: int
 ) -> int:
     """Splits of a sample's channels, a power of two. ``block``: rows that a program reads at once,
-    of which every split has one.
+    of which every split gets one.
     """
     memory = PARTIAL_BYTES // 4 // max(1, batch * map_cells)
     most = min(MAX_SPLITS, row_count // block, MAX_SUMS // map_cells, memory)
