@@ -90,8 +90,7 @@ def check_row_count(rows: int, augmentations: int) -> None:
         )
 
 
-def check_grid_size(name: str, grid_size: tuple[int, int], images: Tensor) -> None:
-    height, width = images.shape[2:]
+def check_grid_size(name: str, grid_size: tuple[int, int], height: int, width: int) -> None:
     if not (1 <= grid_size[0] <= height and 1 <= grid_size[1] <= width):
         raise ValueError(
             f"{name} must be at least (1, 1) and at most the (H, W) of images, {(height, width)}; "
@@ -119,8 +118,8 @@ def check_images(images: Any, shape: str, *dims: int) -> None:
         raise TypeError("images must not be under torch.vmap: give the whole batch instead")
 
 
-def check_out(out: Any, images: Tensor, rows: int, **others: Tensor | None) -> None:
-    """Checks ``out`` against the images and the ``others`` that the call reads, by name."""
+def check_out(out: Any, images: Tensor, rows: int, others: dict[str, Any]) -> None:
+    """Checks ``out`` against the images and the tensors among ``others``, by name."""
     check_tensor("out", out, "(n * B, C, H, W)", 4, dtypes=(images.dtype,), device=images.device)
     # Dynamo traces neither; a graph that it compiles gives such an out resolved.
     if not torch.compiler.is_compiling() and (out.is_conj() or out.is_neg()):
@@ -134,7 +133,7 @@ def check_out(out: Any, images: Tensor, rows: int, **others: Tensor | None) -> N
         return
     begin, end = _memory(out)
     for name, other in {"images": images, **others}.items():
-        if other is not None and other.numel():
+        if isinstance(other, Tensor) and other.numel():
             other_begin, other_end = _memory(other)
             if begin < other_end and other_begin < end:
                 raise ValueError(f"out must not lie in the memory that {name} spans")
@@ -155,53 +154,47 @@ def needs_gradient(images: Tensor) -> bool:
     return True
 
 
-def feature_map(
-    features: Any,
-    options: Options,
-    device: torch.device | None = None,
-    images: Tensor | None = None,
-) -> Tensor:
+def feature_map(features: Any, options: Options, images: Tensor | None = None) -> Tensor:
     """Checked features as a (B, K, h, w) view, without gradient.
 
-    ``images``, where there are any, tell whether the map has their proportions.
+    ``images``, where there are any, tell the device, and whether the map has their proportions.
     """
-    check_tensor("features", features, "(B, K, h, w) or (B, N, K)", dtypes=FEATURE_DTYPES)
+    device = None if images is None else images.device
     if options.token_grid is not None:
-        check_tensor("features", features, "(B, N, K) with token_grid", 3, device=device)
+        shape = "(B, N, K) with token_grid"
+        check_tensor("features", features, shape, 3, dtypes=FEATURE_DTYPES, device=device)
         return _tokens_as_map(features.detach(), options, images)
-    if features.dim() == 3:
+    if isinstance(features, Tensor) and features.dim() == 3:
         raise ValueError(
             f"features (B, N, K) need token_grid, the (h, w) of the tokens or 'square', and "
             f"prefix_tokens for those before them; got {tuple(features.shape)}"
         )
-    check_tensor("features", features, "(B, K, h, w)", 4, device=device)
+    check_tensor("features", features, "(B, K, h, w)", 4, dtypes=FEATURE_DTYPES, device=device)
     if options.prefix_tokens:
         raise ValueError("prefix_tokens goes with token_grid")
-    if images is not None:
-        _check_channel_dim(features, options.channel_dim, images)
     detached = features.detach()
-    return detached if options.channel_dim == 1 else detached.movedim(options.channel_dim, 1)
+    if options.channel_dim != 1:
+        detached = detached.movedim(options.channel_dim, 1)
+    if images is not None:
+        _check_proportions(detached, features, images)
+    return detached
 
 
-def _check_channel_dim(features: Tensor, channel_dim: int, images: Tensor) -> None:
+def _check_proportions(channels_first: Tensor, features: Tensor, images: Tensor) -> None:
     """Refuses a map whose sides do not fit the images where those of another reading do."""
-    other = -1 if channel_dim % 4 == 1 else 1
-    (h, w), (other_h, other_w) = _sides(features, channel_dim), _sides(features, other)
-    height, width = images.shape[2:]
+    (_, _, height, width), (_, _, h, w) = images.shape, channels_first.shape
     # A network rounds each side of its map by less than one cell.
-    fits = abs(h * width - w * height) <= height + width
-    other_fits = abs(other_h * width - other_w * height) <= max(height, width)
-    if not fits and other_fits and min(other_h, other_w, features.shape[other]) > 1:
+    if abs(h * width - w * height) <= height + width:
+        return
+    other = -1 if features.shape == channels_first.shape else 1
+    _, channels, other_h, other_w = features.movedim(other, 1).shape
+    fits = abs(other_h * width - other_w * height) <= max(height, width)
+    if fits and min(other_h, other_w, channels) > 1:
         raise ValueError(
             f"features {tuple(features.shape)} have sides of {h} x {w}, unlike images of "
             f"{height} x {width}; {other_h} x {other_w} would fit: give channel_dim={other}, or a "
             "ready map as saliency"
         )
-
-
-def _sides(features: Tensor, channel_dim: int) -> tuple[int, int]:
-    h, w = (side for dim, side in enumerate(features.shape) if dim not in (0, channel_dim % 4))
-    return h, w
 
 
 def _tokens_as_map(features: Tensor, options: Options, images: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from sg_kernels import backends, checks, ops, rng
-from sg_kernels.call import NORMALIZE, Call, Outputs
+from sg_kernels.call import NORMALIZE, Call
 from sg_kernels.options import (
     TYPES,
     Options,
@@ -19,7 +19,11 @@ from sg_kernels.options import (
     options_of,
 )
 
-PASSED = [name for name, kind in get_type_hints(Call).items() if TYPES.get(name) == kind]
+PASSED = [
+    name
+    for name, kind in get_type_hints(Call).items()
+    if TYPES.get(name) == kind and name != "no_fixed_points"
+]
 """The options that the operator takes as they are; the others are resolved first."""
 
 
@@ -185,11 +189,11 @@ def graft(
     checks.check_tensor("mask", mask, "(n * B, gh, gw)", 3, dtypes=(torch.bool,), device=device)
     rows, gh, gw = mask.shape
     checks.check_rows("mask", rows, batch)
-    checks.check_grid_size("mask", (gh, gw), images)
+    checks.check_grid_size("mask", (gh, gw), *images.shape[2:])
     checks.check_index(index, rows, batch, device)
     name = backends.choose(backend, device.type)
     if out is not None:
-        checks.check_out(out, images, rows, mask=mask, index=index)
+        checks.check_out(out, images, rows, {"mask": mask, "index": index})
         ops.overload("graft", name)(images, mask, index, out)
         _mark_written(out)
         return out
@@ -368,9 +372,6 @@ class Randomness(NamedTuple):
     prob: float = 1.0
     """The probability that a draw grafts at all."""
 
-    def device(self) -> torch.device:
-        return torch.device("cpu") if self.source is None else self.source.device
-
     def seed(self) -> Tensor:
         return self.source if isinstance(self.source, Tensor) else ops.draw_seed(self.source)
 
@@ -378,11 +379,11 @@ class Randomness(NamedTuple):
 class Plan(NamedTuple):
     """What a call does, once its arguments are checked."""
 
-    tensors: Tensors
-    """Detached but for the images, features as (B, K, h, w), targets as int64 ids or float32."""
+    arguments: dict[str, Any]
+    """Of the operator, as far as they need no draw: tensors detached but for the images, features
+    as (B, K, h, w), targets as int64 ids or float32 rows."""
     sizes: tuple[tuple[int, int], ...]
     """The grid sizes, of which one is drawn."""
-    num_classes: int
     backend: str
     differentiable: bool
 
@@ -394,26 +395,30 @@ def run(options: Options, tensors: Tensors, randomness: Randomness) -> GraftResu
     """
     plan = check(options, tensors, randomness)
     outputs = execute(plan, draw(options, plan, randomness))
-    if tensors.targets is None:
-        return GraftResult(*outputs[:-1], None)
-    return GraftResult(*outputs)
+    images, lam, index, mask, saliency, targets = outputs
+    if tensors.out is not None:
+        images = tensors.out
+    return GraftResult(
+        images, lam, index, mask, saliency, None if tensors.targets is None else targets
+    )
 
 
 def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
     images, _, _, index, targets, out = tensors
     checks.check_images(images, "(B, C, H, W)", 4)
-    batch, device = images.shape[0], images.device
-    name, source = _check_evidence(options, tensors)
-    features, saliency = (source, None) if name == "features" else (None, source)
-    sizes = options.sizes((source.shape[-2], source.shape[-1]))
+    (batch, _, height, width), device = images.shape, images.device
+    name, source, map_size = _check_evidence(options, tensors, batch)
+    sizes = options.sizes(map_size)
     for size in sizes:
-        checks.check_grid_size("grid_size", size, images)
+        checks.check_grid_size("grid_size", size, height, width)
         if options.k is not None and options.k > size[0] * size[1]:
             raise ValueError(f"k must be at most the cells of the grid, {size}; got {options.k}")
-    if not torch.compiler.is_compiling() and (1, 1) in sizes:
+    if (1, 1) in sizes and not torch.compiler.is_compiling():
         _warn_of_one_cell(name, source)
-    rows = options.augmentations * batch
-    checks.check_row_count(rows, options.augmentations)
+    rows = batch
+    if options.augmentations > 1:
+        rows = options.augmentations * batch
+        checks.check_row_count(rows, options.augmentations)
     if index is not None:
         if options.no_fixed_points:
             raise ValueError("no_fixed_points draws the pairing; it excludes index")
@@ -421,41 +426,44 @@ def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
     num_classes = 0
     if targets is not None:
         targets, num_classes = checks.ids_or_rows(targets, options, batch, device)
+    if randomness.source is not None or len(sizes) > 1:
+        _check_randomness(randomness, device, len(sizes))
+    arguments = {
+        "images": images,
+        name: source,
+        "index": index,
+        "targets": targets,
+        "num_classes": num_classes,
+        "step": randomness.step,
+        # The only image of a batch cannot but meet itself.
+        "no_fixed_points": options.no_fixed_points and batch != 1,
+    }
     if out is not None:
-        checks.check_out(
-            out,
-            images,
-            rows,
-            features=features,
-            saliency=saliency,
-            index=index,
-            targets=targets,
-            seed=randomness.source if isinstance(randomness.source, Tensor) else None,
-            step=randomness.step,
-        )
+        checks.check_out(out, images, rows, {**arguments, "seed": randomness.source})
+        arguments["out"] = out
     differentiable = checks.needs_gradient(images)
     backend = backends.choose(options.backend, device.type)
-    _check_randomness(randomness, device, len(sizes))
-    checked = Tensors(images, features, saliency, index, targets, out)
-    return Plan(checked, sizes, num_classes, backend, differentiable)
+    return Plan(arguments, sizes, backend, differentiable)
 
 
-def _check_evidence(options: Options, tensors: Tensors) -> tuple[str, Tensor]:
-    """Which of features and saliency is given, and that one, checked."""
-    images, features, saliency = tensors[:3]
+def _check_evidence(
+    options: Options, tensors: Tensors, batch: int
+) -> tuple[str, Tensor, tuple[int, int]]:
+    """Which of features and saliency is given, and that one, checked, with the size of its map."""
+    images, features, saliency, *_ = tensors
     if (features is None) == (saliency is None):
         given = "both" if saliency is not None else "neither"
         raise ValueError(f"give one of features and saliency; got {given}")
     if features is not None:
-        name, evidence = "features", checks.feature_map(features, options, images.device, images)
+        name, evidence = "features", checks.feature_map(features, options, images)
     else:
         name, evidence = "saliency", checks.ready_map(saliency, options, images.device)
-    shape = tuple(evidence.shape)
-    if shape[0] != images.shape[0]:
-        raise ValueError(f"{name} must have the B = {images.shape[0]} of images; got {shape}")
-    if not (shape[-2] and shape[-1]):
-        raise ValueError(f"{name} must have at least one cell; got {shape}")
-    return name, evidence
+    rows, *_, h, w = shape = evidence.shape
+    if rows != batch:
+        raise ValueError(f"{name} must have the B = {batch} of images; got {tuple(shape)}")
+    if not (h and w):
+        raise ValueError(f"{name} must have at least one cell; got {tuple(shape)}")
+    return name, evidence, (h, w)
 
 
 def _warn_of_one_cell(name: str, source: Tensor) -> None:
@@ -467,8 +475,8 @@ def _warn_of_one_cell(name: str, source: Tensor) -> None:
 
 
 def _check_randomness(randomness: Randomness, device: torch.device, sizes: int) -> None:
-    source = randomness.device()
-    on_host = source.type == "cpu"
+    source = None if randomness.source is None else randomness.source.device
+    on_host = source is None or source.type == "cpu"
     if not on_host and source != device:
         raise ValueError(f"seed, generator: must be on the CPU or on {device}; got {source}")
     host_seed = on_host or randomness.on_host is not None
@@ -489,39 +497,33 @@ def draw(options: Options, plan: Plan, randomness: Randomness) -> Call:
     if options.k is not None:
         keep_prob = 1.0
     elif keep_prob is None:
-        images = plan.tensors.images
+        images = plan.arguments["images"]
         tables = ops if checks.has_values(images) else torch.ops.sg_kernels
-        quantiles = tables.quantiles(options.alpha, images.device)
+        keep_prob, quantiles = 0.0, tables.quantiles(options.alpha, images.device)
     gh, gw = grid_size
-    passed = {name: getattr(options, name) for name in PASSED}
-    if plan.tensors.images.shape[0] == 1:
-        passed["no_fixed_points"] = False  # the only image can but meet itself
     return Call(
-        **plan.tensors._asdict(),
-        **passed,
+        **plan.arguments,
+        **{name: getattr(options, name) for name in PASSED},
         seed=seed,
-        step=randomness.step,
         rank=randomness.rank,
         quantiles=quantiles,
-        keep_prob=keep_prob or 0.0,
+        keep_prob=keep_prob,
         grid_size=grid_size,
         normalize=NORMALIZE.index(options.normalize),
         threshold=1 / (gh * gw) if options.threshold == "mean" else options.threshold,
         norm=options.norm_position(),
         prob=randomness.prob,
-        num_classes=plan.num_classes,
     )
 
 
-def execute(plan: Plan, call: Call) -> Outputs:
-    """Runs the operator; the images of its outputs are those in ``out`` where that is given."""
+def execute(plan: Plan, call: Call) -> tuple[Tensor, ...]:
+    """The operator's outputs, in the order of :class:`sg_kernels.call.Outputs`."""
     if plan.differentiable:
-        return Outputs(*ops.SaliencyGraft.apply(plan.backend, *call))
-    outputs = Outputs(*ops.overload("saliency_graft", plan.backend)(*call))
-    if call.out is None:
-        return outputs
-    _mark_written(call.out)
-    return outputs._replace(images=call.out)
+        return ops.SaliencyGraft.apply(plan.backend, *call)
+    outputs = ops.overload("saliency_graft", plan.backend)(*call)
+    if call.out is not None:
+        _mark_written(call.out)
+    return outputs
 
 
 def _mark_written(out: Tensor) -> None:

@@ -165,14 +165,15 @@ class SaliencyGraft(nn.Module):
         if not self.training:
             self.result = None
             return images, targets
-        self._check_place(images)
+        step = self.step
+        self._check_place(images, step.device)
         if self._warming_up or self.prob == 0:
             return self._unmixed(images, targets)
         if features is None and saliency is None:
             if self._tap is not None and self._tap.features is None:
                 if not self.needs_pass():
                     unmixed = self._unmixed(images, targets, self.options.augmentations)
-                    self.step += 1
+                    step += 1
                     self._spend()
                     return unmixed
                 if (network := self.network()) is not None:
@@ -183,11 +184,11 @@ class SaliencyGraft(nn.Module):
         rank = self._stream()
         tensors = Tensors(images, features, saliency, targets=targets)
         randomness = Randomness(
-            self.seed, self.step, rank, lambda: self._host_call_seed(rank), self.prob
+            self.seed, step, rank, lambda: self._host_call_seed(rank), self.prob
         )
         result = functional.run(self.options, tensors, randomness)
         self._spend()
-        self.result = result._replace(images=result.images.detach())
+        self.result = functional.GraftResult(result.images.detach(), *result[1:])
         return result.images, result.targets
 
     @property
@@ -299,7 +300,7 @@ class SaliencyGraft(nn.Module):
     def _stream(self) -> int:
         return _rank() if self.rank is None else self.rank
 
-    def _check_place(self, images: Tensor) -> None:
+    def _check_place(self, images: Tensor, device: torch.device) -> None:
         """Refuses a DataLoader's worker, a recomputation, and another device than the module's."""
         if not torch.compiler.is_compiling():
             if get_worker_info() is not None:
@@ -314,7 +315,6 @@ class SaliencyGraft(nn.Module):
                     "does to recompute: it would draw anew. Call it outside of the checkpointed "
                     "part"
                 )
-        device = self.step.device
         if isinstance(images, Tensor) and images.device != device:
             raise ValueError(
                 f"images must be on {device}, as the module is; got {images.device}: "

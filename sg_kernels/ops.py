@@ -119,9 +119,12 @@ torch.library.register_fake("sg_kernels::draw_seed", torch.empty_like, lib=_libr
 _library.impl("draw_seed", lambda blank: blank.clone().random_(), "CompositeExplicitAutograd")
 
 
+CPU = torch.device("cpu")
+
+
 def draw_seed(generator: torch.Generator | None = None) -> Tensor:
     """A fresh seed, int64 (1,), from the generator, on its device; None: torch's own on the CPU."""
-    device = "cpu" if generator is None else generator.device
+    device = CPU if generator is None else generator.device
     blank = torch.empty(1, dtype=torch.int64, device=device)
     if generator is None and torch.compiler.is_compiling():
         # An operator, so that a compiled graph draws from torch's generator as eager code does.
@@ -172,9 +175,16 @@ def _forget_tables() -> None:
 _library.impl("quantiles", lambda *args: quantiles(*args).clone(), "CompositeExplicitAutograd")
 
 
+_overloads = {
+    (name, backend): getattr(getattr(torch.ops.sg_kernels, name), backend)
+    for name in SCHEMAS
+    for backend in backends.DEVICES
+}
+
+
 def overload(name: str, backend: str) -> Any:
     """The operator ``name`` of ``backend``."""
-    return getattr(getattr(torch.ops.sg_kernels, name), backend)
+    return _overloads[name, backend]
 
 
 def _augmentations(rows: int, batch: int) -> int:

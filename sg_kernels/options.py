@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import Parameter
 from typing import Annotated, Any, Literal, TypedDict, TypeGuard, TypeVar, get_type_hints
 
@@ -30,6 +31,9 @@ ALPHAS = 0.0, 1e6
 """Above, p is 1/2 to three digits: keep_prob=0.5 says so more plainly."""
 MAX_ROWS = 2**31 - 1
 """Of rows and of classes, which the kernels count in 32 bits."""
+
+SCALARS = (str, bool, int, float, type(None))
+"""Types whose values are told apart by type and value alone."""
 
 Check = Callable[[str, Any], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -161,7 +165,9 @@ class Options:
 
     def sizes(self, map_size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         """The grid sizes of a call: the map's own, the one given, or those to draw from."""
-        given: Any = map_size if self.grid_size is None else self.grid_size
+        if self.grid_size is None:
+            return (map_size,)
+        given: Any = self.grid_size
         return tuple((gh, gw) for gh, gw in ([given] if is_size(given) else given))
 
 
@@ -198,14 +204,20 @@ _CHECKS = [
 DEFAULTS = Options()
 
 
+# Typed, as 1 == True and 1 == 1.0.
+_kept = lru_cache(maxsize=128, typed=True)(Options)
+
+
 def options_of(caller: str, given: OptionTypes) -> Options:
-    """The options from the keyword arguments of ``caller``."""
+    """The options from the keyword arguments of ``caller``; checked once where they come again."""
     if not given:
         return DEFAULTS
     for name in given:
         if name not in TYPES:
             raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
-    return Options(**given)
+    if torch.compiler.is_compiling() or not all(isinstance(v, SCALARS) for v in given.values()):
+        return Options(**given)
+    return _kept(**given)
 
 
 def lists_options(function: Function) -> Function:

@@ -10,6 +10,7 @@ import torch
 import sg_kernels
 from sg_kernels import functional, ops, verify
 from sg_kernels.backends import reference
+from sg_kernels.call import Outputs
 
 COMPILED = "cpp" in sg_kernels.available_backends()
 
@@ -70,7 +71,7 @@ def test_a_backend_that_differs_is_found_and_named(few_cases, capsys, monkeypatc
     execute = functional.execute
 
     def differs(plan, call):
-        outputs = execute(plan, call)
+        outputs = Outputs(*execute(plan, call))
         return wrong(outputs) if plan.backend == "cpp" else outputs
 
     monkeypatch.setattr(functional, "execute", differs)
