@@ -70,7 +70,7 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) tests/emulation/*.h
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) tests/emulation/*.h tests/driver/cuda.c
 
 build: $(STAMP) ## the virtual environment and the compiled backend
 

@@ -57,10 +57,7 @@ def function_of(case):
 def few_of(cases, most):
     """At least ``most`` cases, evenly spread, in which every value of every parameter comes up."""
     values = [
-        {(name, repr(value)) for name, value in case.callspec.params.items()}
-        if hasattr(case, "callspec")
-        else set()
-        for case in cases
+        set(case.callspec.indices.items()) if hasattr(case, "callspec") else set() for case in cases
     ]
     rest, chosen, missing = list(range(len(cases))), [], set().union(*values)
     while missing:

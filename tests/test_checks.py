@@ -687,6 +687,7 @@ def test_a_map_with_its_channels_last_is_refused_with_the_way_out(shape, size, c
         ((2, 1, 1, 6), (16, 16)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*give a grid of one cell")
 def test_a_map_with_its_channels_first_is_taken_as_it_is(shape, size):
     result = saliency_graft(torch.rand(2, 3, *size), torch.rand(shape), seed=1)
     assert result.mask.shape == (2, *shape[2:])

@@ -14,6 +14,7 @@ from conftest import (
 
 from sg_kernels import graft, mix_targets, saliency_graft
 
+ONE_CELL = pytest.mark.filterwarnings("ignore:.*give a grid of one cell")
 OPTIONS = {
     "default": {},
     "temperature": {"temperature": 0.7},
@@ -76,6 +77,7 @@ def batch_of(batch=4, h=5, w=6, channels=16):
 
 
 @every_option
+@ONE_CELL
 def test_every_option_is_as_the_truth(backend, options, poisoned):
     images, features = batch_of()
     for seed in (1, -2):
@@ -84,6 +86,7 @@ def test_every_option_is_as_the_truth(backend, options, poisoned):
 
 
 @every_option
+@ONE_CELL
 def test_every_option_agrees_with_the_reference(backend, options):
     images, features = batch_of(h=7, w=7)
     options = {**options, "grid_size": options.get("grid_size", (7, 7))}
@@ -123,6 +126,7 @@ def test_features_of_every_dtype_and_layout(backend, dtype, layout):
 
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 6), (5, 1), (7, 7), (8, 8), (13, 12)])
 @pytest.mark.parametrize("channels", [0, 1, 5])
+@ONE_CELL
 def test_feature_maps_of_every_size(backend, h, w, channels):
     images, features = batch_of(2, h, w, channels)
     result = saliency_graft(images, features, seed=4, keep_prob=0.9, backend=backend)
