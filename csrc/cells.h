@@ -2,6 +2,7 @@
 // sg_kernels/backends/reference.py.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -55,9 +56,10 @@ SG_HOST_DEVICE inline Int first_pixel(Int cell, Size size, Cells grid) {
 // A value of a ready map: one that is not >= 0 counts as NaN, so its sample keeps nothing.
 SG_HOST_DEVICE inline float checked_saliency(float value) { return value >= 0.0f ? value : NAN; }
 
+// At least the smallest normal float: see reference.TINY.
 SG_HOST_DEVICE inline float softmax_numerator(
     float value, float peak, float scale, float temperature) {
-  return expf((value - peak) / scale / temperature);
+  return fmaxf(expf((value - peak) / scale / temperature), FLT_MIN);
 }
 
 // A cell's term of ||S||; label_ratio takes the square root of l2.

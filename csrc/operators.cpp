@@ -67,12 +67,23 @@ void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
 #endif
 }
 
+// See reference.is_channels_last.
+bool is_channels_last(const Tensor& images) {
+  std::int64_t least = 0;
+  for (const int dim : {1, 3, 2, 0}) {
+    const std::int64_t size = images.size(dim), stride = images.stride(dim);
+    if (size == 0 || stride < std::max<std::int64_t>(least, 1)) return false;
+    if (dim == 0 && least == images.stride(1)) return false;
+    least = stride * size;
+  }
+  return true;
+}
+
 // An output of `rows` images in the memory format of `images`; see reference.empty_rows.
 Tensor empty_rows(const Tensor& images, std::int64_t rows) {
   const std::int64_t c = images.size(1), h = images.size(2), w = images.size(3);
-  const bool channels_last = 0 < images.stride(1) && images.stride(1) < images.stride(3);
   const std::int32_t dtype = dtype_of(images);
-  const Tensor fresh = channels_last
+  const Tensor fresh = is_channels_last(images)
                            ? empty_strided(images, {rows, c, h, w}, {c * h * w, 1, c * w, c}, dtype)
                            : empty(images, {rows, c, h, w}, dtype);
   advise_huge_pages(fresh);

@@ -70,16 +70,18 @@ def saliency_graft(
         features: the feature map whose channel-wise L1 norm is the saliency, (B, K, h, w), float16,
             bfloat16, float32 or float64; or transformer tokens (B, N, K), see ``token_grid``.
         saliency: a ready map instead of ``features``, (B, h, w), floating, >= 0.
-        temperature: T > 0 of the softmax over the cells (the paper's patch selection).
+        temperature: T of the softmax over the cells (the paper's patch selection), from 1e-38 to
+            1e38.
         normalize: what the map is divided by before the softmax: its ``"max"``, its ``"mean"``, or
             ``"none"``, as in the paper, where the T that fits depends on the channel count.
         threshold: sigma of the patch selection: a cell is salient where its softmax exceeds it.
-            ``"mean"`` is 1 / cells; else a number in [0, 1). A map on the grid whose values are all
-            within 2**-16 of its largest, relatively, counts as constant, which has no salient cell.
+            ``"mean"`` is 1 / cells; else a number in [0, 1), where 0 keeps every cell. A map on the
+            grid whose values are all within 2**-16 of its largest, relatively, counts as constant,
+            which has no salient cell.
         grid_size: (gh, gw), to which the map is resampled, area average down and nearest up; at
             most (H, W). None keeps (h, w). Of a sequence of sizes one is drawn per call, as the
             paper draws the scale per mini-batch.
-        alpha: p is drawn from Beta(alpha, alpha), once per augmentation; > 0.
+        alpha: p is drawn from Beta(alpha, alpha), once per augmentation; > 0, at most 1e6.
         keep_prob: a fixed p in [0, 1] instead.
         selection: ``"bernoulli"``, or ``"topk"``: the ``k`` most salient cells and no sampling, the
             paper's deterministic ablation.

@@ -5,7 +5,7 @@ import torch
 import truth
 from conftest import LAYOUTS, assert_same_bits, in_layout, random_bits
 
-from sg_kernels import graft
+from sg_kernels import graft, ops
 
 DTYPES = [
     torch.uint8,
@@ -301,3 +301,31 @@ def test_gradients_of_segmentation_maps(backend):
     plain = plain_graft(maps[:, None], mask, index)
     (expected,) = torch.autograd.grad(plain.sum(), maps)
     torch.testing.assert_close(grad, expected)
+
+
+SIDES_OF_ONE = {
+    "a transposed matrix": lambda: torch.randn(2, 20, 4).mT[..., None],
+    "strides without meaning": lambda: torch.randn(5000).as_strided((2, 3, 8, 1), (24, 8, 1, 1000)),
+    "one channel": lambda: torch.randn(2, 1, 4, 4).contiguous(memory_format=torch.channels_last),
+    "one channel, channels_last": lambda: torch.empty(
+        2, 1, 4, 4, memory_format=torch.channels_last
+    ).fill_(1.0),
+    "one pixel": lambda: torch.randn(2, 5, 1, 1),
+    "one pixel, channels_last": lambda: torch.empty(
+        2, 5, 1, 1, memory_format=torch.channels_last
+    ).fill_(1.0),
+    "swapped sides": lambda: torch.randn(2, 4, 5, 3).permute(0, 3, 2, 1),
+    "no images": lambda: torch.empty(0, 3, 4, 4, memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("kind", SIDES_OF_ONE)
+def test_the_memory_format_is_the_one_that_torch_suggests(backend, kind):
+    images = SIDES_OF_ONE[kind]()
+    batch = len(images)
+    mask, index = torch.ones(batch, 1, 1, dtype=torch.bool), torch.arange(batch)
+    suggested = torch._prims_common.suggest_memory_format(images)
+    expected = torch.empty(images.shape, memory_format=suggested).stride()
+    assert graft(images, mask, index, backend=backend).stride() == expected
+    operator = ops.overload("graft", backend)
+    torch.library.opcheck(operator, (images, mask, index), test_utils="test_faketensor")

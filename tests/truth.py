@@ -85,8 +85,8 @@ def select(saliency, normalize="max", temperature=0.2, threshold="mean", k=None)
         e = exponentials(flat, normalize, temperature)
         total = e.sum(1, keepdims=True)
         with np.errstate(invalid="ignore"):
-            keep = e > threshold * total
-            unsure = np.abs(e - threshold * total) <= 1e-5 * total
+            keep = (e > threshold * total) | (threshold == 0)
+            unsure = (np.abs(e - threshold * total) <= 1e-5 * total) & (threshold > 0)
         usable &= flat.min(1) < flat.max(1) * (1 - 2**-16)
         unsure &= usable[:, None]
     else:

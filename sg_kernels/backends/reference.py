@@ -21,6 +21,10 @@ FLAT = 1 - 2**-16
 """A map whose minimum is at least this share of its maximum counts as constant, because averages
 of equal values differ by rounding."""
 
+TINY = torch.finfo(torch.float32).tiny
+"""Least numerator of the softmax: exp underflows at low temperatures, where threshold=0 still keeps
+every cell."""
+
 
 def channel_saliency(features: Tensor) -> Tensor:
     """Stage 1: S[b, y, x] = sum over k of |features[b, k, y, x]|, without gradient."""
@@ -63,6 +67,7 @@ def select(
     if k is None:
         peak = flat.amax(1, keepdim=True)
         e = torch.exp((flat - peak) / normalize_scale(saliency, normalize) / temperature)
+        e = e.clamp_min(TINY)
         keep = (e > threshold * e.sum(1, keepdim=True)) & (flat.amin(1, keepdim=True) < peak * FLAT)
     else:
         ranking = flat.argsort(dim=1, descending=True, stable=True)
@@ -187,7 +192,7 @@ def in_range(value: Tensor, size: int) -> Tensor:
 
 def empty_rows(images: Tensor, rows: int) -> Tensor:
     """An uninitialised output of ``rows`` images, in the memory format of ``images``."""
-    channels_last = 0 < images.stride(1) < images.stride(3)
+    channels_last = is_channels_last(images)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(
         (rows, *images.shape[1:]),
@@ -195,6 +200,23 @@ def empty_rows(images: Tensor, rows: int) -> Tensor:
         device=images.device,
         memory_format=memory_format,
     )
+
+
+def is_channels_last(images: Tensor) -> bool:
+    """Whether torch takes images for channels_last: c10's is_channels_last_strides_2d.
+
+    Strides grow from the channels over width and height to the batch. Those of sides of one pixel
+    mean nothing, and where nothing decides images are contiguous.
+    """
+    sizes, strides = images.shape, images.stride()
+    least = 0
+    for dim in (1, 3, 2, 0):
+        if sizes[dim] == 0 or strides[dim] < max(least, 1):
+            return False
+        if dim == 0 and least == strides[1]:
+            return False
+        least = strides[dim] * sizes[dim]
+    return True
 
 
 def saliency_graft(call: Call) -> Outputs:

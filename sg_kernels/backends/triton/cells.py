@@ -11,6 +11,7 @@ from sg_kernels.backends import reference
 from sg_kernels.backends.triton import philox
 
 FLAT = tl.constexpr(reference.FLAT)
+TINY = tl.constexpr(reference.TINY)
 
 
 @triton.jit
@@ -158,6 +159,7 @@ def select(grid, cell, valid, cells, options, STAGES: tl.constexpr, CELLS: tl.co
         scale = normalize_scale(grid, valid, cells, peak, NORMALIZE)
         # NaN for NaN, and for infinity, which is the peak; then so is the total.
         numerator = tl.exp((grid - peak) / scale / options.temperature)
+        numerator = tl.where(numerator < TINY, TINY, numerator)
         total = tl.sum(tl.where(valid, numerator, 0.0), axis=0)
         threshold = tl.where(varies, options.threshold * total, float("inf"))
         return valid & (numerator > threshold)
