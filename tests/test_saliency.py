@@ -160,3 +160,14 @@ def test_the_same_features_give_the_same_bits(backend):
     features = random_features(8, 300, 14, 14)
     first = channel_saliency(features, backend=backend)
     assert all(torch.equal(channel_saliency(features, backend=backend), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_strides_of_more_than_2_to_the_30_elements(backend, dim):
+    shape, stride = [1, 1, 1, 2], [1, 1, 1, 1]
+    shape[dim], stride[dim] = 3, 2**30 + 5
+    # Of these gigabytes only the pages that hold a value are ever touched.
+    features = torch.empty(2 * stride[dim] + 2, dtype=torch.float16).as_strided(shape, stride)
+    features.copy_(torch.randn(shape))
+    saliency = channel_saliency(features, backend=backend)
+    torch.testing.assert_close(saliency, features.float().abs().sum(1), rtol=1e-3, atol=1e-3)

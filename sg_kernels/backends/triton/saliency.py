@@ -28,6 +28,14 @@ def draw_pairing(program, batch, memory, key, NO_FIXED_POINTS: tl.constexpr):
 
 
 @triton.jit
+def place_of(cell, size, sums):
+    """Where a cell of the map lies, in chunks."""
+    # The interpreter holds a stride below 2**31 in 32 bits, whatever its declared type.
+    y, x = (cell // size.width).to(tl.int64), (cell % size.width).to(tl.int64)
+    return y * sums.y_stride + x * sums.x_stride
+
+
+@triton.jit
 def sum_planes(features, partial, tile, first, last, size, sums, BLOCK: tl.constexpr):
     """Sums the rows first .. last - 1, of ``planes`` planes (h, w) each, over the channels.
 
@@ -42,7 +50,7 @@ def sum_planes(features, partial, tile, first, last, size, sums, BLOCK: tl.const
     if BLOCK.layout == "planes":
         chunk_offset = chunk.to(tl.int64)
     else:
-        chunk_offset = chunk // size.width * sums.y_stride + chunk % size.width * sums.x_stride
+        chunk_offset = place_of(chunk, size, sums)
     total = tl.full([BLOCK.rows, BLOCK.chunks, BLOCK.lanes], 0.0, tl.float32)
     for start in range(first, last, BLOCK.rows * UNROLL):
         for part in tl.static_range(UNROLL):
@@ -67,7 +75,7 @@ def sum_channels(features, partial, tile, first, last, size, sums, BLOCK: tl.con
     UNROLL: tl.constexpr = BLOCK.unroll
     map_cells = size.height * size.width
     cell = tile * BLOCK.rows + tl.arange(0, BLOCK.rows)
-    pixel = cell // size.width * sums.y_stride + cell % size.width * sums.x_stride
+    pixel = place_of(cell, size, sums)
     total = tl.full([BLOCK.rows, BLOCK.chunks, BLOCK.lanes], 0.0, tl.float32)
     for start in range(first, last, BLOCK.chunks * UNROLL):
         for part in tl.static_range(UNROLL):
