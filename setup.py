@@ -1,5 +1,6 @@
 """Builds the compiled backends, one library each for every CPython and every torch from 2.10 on.
 
+SG_KERNELS_CPP: 0 builds nothing: a package of pure Python, whose CPU backend is the reference.
 SG_KERNELS_CUDA: 1 builds the CUDA library, 0 does not; auto (the default) builds it if there is an
 nvcc, and goes on without it if that fails. TORCH_CUDA_ARCH_LIST: the GPUs to build for, such as
 "9.0;10.0+PTX". SG_KERNELS_SANITIZE: the sanitizers to build the CPU library with.
@@ -21,8 +22,13 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
-from torch.utils import cpp_extension
 
+try:
+    from torch.utils import cpp_extension
+except ModuleNotFoundError:
+    sys.exit("sg_kernels is built against PyTorch: pip install 'torch>=2.10', then build again")
+
+PURE = os.environ.get("SG_KERNELS_CPP") == "0"
 ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 WANTED = os.environ.get("SG_KERNELS_CUDA", "auto")
 SANITIZE = os.environ.get("SG_KERNELS_SANITIZE", "")
@@ -127,6 +133,16 @@ def wants_cuda() -> bool:
     return WANTED != "0" and nvcc() is not None and not SANITIZE
 
 
+def check_compiler() -> None:
+    # setuptools takes CXX, or the compiler of the interpreter, which is c++ or g++.
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if shutil.which(compiler) is None and shutil.which("c++") is None:
+        raise SetupError(
+            f"no C++ compiler: {compiler} is not found. Install g++, set CXX, or build without the "
+            "compiled backends: SG_KERNELS_CPP=0"
+        )
+
+
 class BuildLibrary(build_ext):
     """Builds shared libraries with plain names: torch loads them, Python does not import them."""
 
@@ -134,6 +150,7 @@ class BuildLibrary(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
     def run(self) -> None:
+        check_compiler()
         # The library of an earlier build must not be packed or loaded if this build makes none.
         library = self.get_ext_filename(CUDA.name)
         Path(self.build_lib, library).unlink(missing_ok=True)
@@ -158,8 +175,8 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-extensions = [CPU]
-if wants_cuda():
+extensions = [] if PURE else [CPU]
+if wants_cuda() and not PURE:
     CUDA.optional = WANTED == "auto"
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_architectures()
     CUDA.extra_compile_args += gencode(architectures)

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -34,9 +35,15 @@ Tensor empty_strided(
   std::int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError error = aoti_torch_empty_strided(
       static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type,
-      like.get_device_index(), &handle));
+      like.get_device_index(), &handle);
+  if (error != AOTI_TORCH_SUCCESS) {
+    std::string shape;
+    for (const std::int64_t size : sizes)
+      shape += (shape.empty() ? "" : " x ") + std::to_string(size);
+    STD_TORCH_CHECK(false, "out of memory: no room for an output of ", shape, " elements");
+  }
   return Tensor(handle);
 }
 

@@ -464,3 +464,22 @@ def test_many_alphas_do_not_crowd_out_one_another(backend):
         saliency_graft(images, features, alpha=alpha, seed=1, backend=backend)
     result = saliency_graft(images, features, alpha=0.5, seed=1, backend=backend)
     assert_fulfils_contract(result, images, 1, features=features, alpha=0.5)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 24), (40, 40)])
+def test_the_layout_of_out_does_not_change_the_map(backend, size):
+    images, features = torch.rand(6, 3, *size), torch.randn(6, 512, 4, 4)
+    maps = []
+    for layout in ("nchw", "channels_last", "stepped"):
+        out = in_layout(torch.empty_like(images), layout)
+        result = saliency_graft(images, features, seed=1, out=out, backend=backend)
+        maps.append(result.saliency)
+    assert torch.equal(maps[0], maps[1])
+    assert torch.equal(maps[0], maps[2])
+
+
+def test_an_output_that_finds_no_room_says_so(backend):
+    # Beyond the 2**47 bytes that a process can address.
+    images = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**15, 2**15)
+    with pytest.raises(RuntimeError, match="memory"):
+        saliency_graft(images, torch.rand(1, 2, 4, 4), augmentations=2**17, seed=1, backend=backend)

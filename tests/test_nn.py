@@ -219,14 +219,21 @@ def test_warm_up_with_set_epoch_is_not_warned_of(recwarn):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_of_the_module_is_refused(reentrant):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activation_checkpointing_of_the_module_is_refused(reentrant, compiled):
     images, _, features = batch_of()
     module, leaf = SaliencyGraft(seed=0), images.clone().requires_grad_()
 
     def block(images):
         return module(images, features=features)[0].square()
 
-    loss = checkpoint(block, leaf, use_reentrant=reentrant).sum()
+    def checkpointed(images):
+        return checkpoint(block, images, use_reentrant=reentrant).sum()
+
+    if compiled:
+        torch.compiler.reset()
+        checkpointed = torch.compile(checkpointed, backend="aot_eager")
+    loss = checkpointed(leaf)
     with pytest.raises(RuntimeError, match="activation checkpointing"):
         loss.backward()
 

@@ -145,3 +145,31 @@ def test_an_old_setuptools_is_refused_in_one_line(tree, tmp_path):
     process = tree.setup("--version", PYTHONPATH=str(old.parents[1]))
     assert process.returncode != 0
     assert process.stderr == "setuptools is 65.5.0: pip install --upgrade 'setuptools>=77'\n"
+
+
+def test_a_pure_build_is_a_wheel_for_every_platform(tree):
+    process = tree.setup("bdist_wheel", SG_KERNELS_CPP="0", CXX="/no/such/compiler")
+    assert process.returncode == 0, process.stderr
+    (wheel,) = tree.path.glob("dist/*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        assert "sg_kernels/backends/reference.py" in archive.namelist()
+
+
+def test_without_a_compiler_the_pure_build_is_named(tree, tmp_path):
+    process = tree.setup("build_ext", CXX="/no/such/compiler", PATH=str(tmp_path))
+    assert process.returncode != 0
+    assert "no C++ compiler: /no/such/compiler is not found" in process.stderr
+    assert "SG_KERNELS_CPP=0" in process.stderr
+
+
+def test_without_torch_a_build_says_what_to_install(tree, tmp_path):
+    absent = tmp_path / "absent" / "torch" / "__init__.py"
+    absent.parent.mkdir(parents=True)
+    absent.write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    process = tree.setup("--version", PYTHONPATH=str(absent.parents[1]))
+    assert process.returncode != 0
+    assert process.stderr.startswith(
+        "sg_kernels is built against PyTorch: pip install 'torch>=2.10'"
+    )

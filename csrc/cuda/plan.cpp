@@ -216,7 +216,11 @@ Plan plan_call(const Call& call, const Batch& out, int multiprocessors) {
   } else {
     // If the copy is too large for a single launch, launch 1 has the device for itself.
     const std::int64_t single = std::int64_t{kLargeBlocksPerSm} * multiprocessors;
-    const bool alone = call.rows() * plan.tile.tiles > single;
+    // By bytes, not by tiles: whatever the layout of out, the same features give the same map.
+    constexpr std::int64_t kTileBytes = kThreads * kChunk * kLinesInFlight;
+    const Batch& images = call.images;
+    const std::int64_t bytes = images.channels * images.height * images.width * images.element;
+    const bool alone = call.rows() * ceil_div(bytes, kTileBytes) > single;
     plan.saliency =
         plan_saliency(call.features, alone ? std::int64_t{kBlocksPerSm} * multiprocessors : single);
     terms = terms_of(values, plan.saliency.splits, grid, plan.lanes);
