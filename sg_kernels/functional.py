@@ -373,6 +373,8 @@ class Randomness(NamedTuple):
     """Gives the call's seed as an int, for what is drawn on the host; None: ``source`` does."""
     prob: float = 1.0
     """The probability that a draw grafts at all."""
+    quantiles: Tensor | None = None
+    """rng.beta_quantiles on the device of the images; None: from the cache of ops."""
 
     def seed(self) -> Tensor:
         return self.source if isinstance(self.source, Tensor) else ops.draw_seed(self.source)
@@ -428,7 +430,7 @@ def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
     num_classes = 0
     if targets is not None:
         targets, num_classes = checks.ids_or_rows(targets, options, batch, device)
-    if randomness.source is not None or len(sizes) > 1:
+    if randomness.source is not None or len(sizes) > 1 or device.type == "cuda":
         _check_randomness(randomness, device, len(sizes))
     arguments = {
         "images": images,
@@ -487,11 +489,21 @@ def _check_randomness(randomness: Randomness, device: torch.device, sizes: int) 
             "grid_size: one of several sizes is drawn on the host, so not under torch.compile nor "
             "from a seed on the device; give one (gh, gw)"
         )
+    eager_on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
+    if on_host and eager_on_gpu and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "seed: a CUDA graph would replay one draw of a seed on the host. Give seed as an int64 "
+            "tensor on the device, or use SaliencyGraft, whose step each replay advances"
+        )
 
 
 def draw(options: Options, plan: Plan, randomness: Randomness) -> Call:
     """The operator's arguments, after the draws that are made on the host."""
     seed, grid_size = randomness.seed(), plan.sizes[0]
+    images = plan.arguments["images"]
+    if torch.compiler.is_compiling() and images.is_cuda and not seed.is_cuda:
+        # The compiler may make a CUDA graph, which would replay one draw of a seed on the host.
+        seed = seed.to(images.device, non_blocking=True)
     if len(plan.sizes) > 1:
         host_seed = randomness.on_host() if randomness.on_host else int(seed)
         grid_size = rng.draw_grid_size(host_seed, plan.sizes)
@@ -499,9 +511,10 @@ def draw(options: Options, plan: Plan, randomness: Randomness) -> Call:
     if options.k is not None:
         keep_prob = 1.0
     elif keep_prob is None:
-        images = plan.arguments["images"]
-        tables = ops if checks.has_values(images) else torch.ops.sg_kernels
-        keep_prob, quantiles = 0.0, tables.quantiles(options.alpha, images.device)
+        keep_prob, quantiles = 0.0, randomness.quantiles
+        if quantiles is None:
+            tables = ops if checks.has_values(images) else torch.ops.sg_kernels
+            quantiles = tables.quantiles(options.alpha, images.device)
     gh, gw = grid_size
     return Call(
         **plan.arguments,

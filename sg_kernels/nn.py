@@ -87,6 +87,7 @@ class SaliencyGraft(nn.Module):
 
     seed: Tensor
     step: Tensor
+    quantiles: Tensor | None
 
     @lists_options
     def __init__(
@@ -129,6 +130,11 @@ class SaliencyGraft(nn.Module):
         step = torch.zeros(1, dtype=torch.int64)
         self.register_buffer("seed", start.to(step.device, copy=True))
         self.register_buffer("step", step)
+        table = None
+        if self.options.k is None and self.options.keep_prob is None:
+            # A buffer, so that it lies on the device before a compiled or captured call needs it.
+            table = rng.beta_quantiles(self.options.alpha).to(step.device)
+        self.register_buffer("quantiles", table, persistent=False)
         self.result: functional.GraftResult | None = None
         self._host_state: tuple[int, int] | None = None
         self.register_load_state_dict_post_hook(_resume)
@@ -184,7 +190,7 @@ class SaliencyGraft(nn.Module):
         rank = self._stream()
         tensors = Tensors(images, features, saliency, targets=targets)
         randomness = Randomness(
-            self.seed, step, rank, lambda: self._host_call_seed(rank), self.prob
+            self.seed, step, rank, lambda: self._host_call_seed(rank), self.prob, self.quantiles
         )
         result = functional.run(self.options, tensors, randomness)
         self._spend()
@@ -235,6 +241,8 @@ class SaliencyGraft(nn.Module):
         """Starts the draws anew, as ``to_empty()`` requires: at the given seed, or a fresh one."""
         self.seed.copy_(ops.draw_seed() if self._given_seed is None else self._given_seed)
         self.step.zero_()
+        if self.quantiles is not None:
+            self.quantiles.copy_(rng.beta_quantiles(self.options.alpha))
         self._host_state = None
 
     def train(self, mode: bool = True) -> Self:

@@ -155,6 +155,11 @@ def quantiles(alpha: float, device: torch.device) -> Tensor:
     key = (alpha, device)
     table = _tables.get(key)
     if table is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"alpha={alpha}: its first call copies a table to the device, which a CUDA graph "
+                "cannot capture. Make one call before capturing, or use SaliencyGraft"
+            )
         table = torch.func.debug_unwrap(rng.beta_quantiles(alpha).to(device))
         if type(table) is Tensor:  # a mode that traces makes fake ones
             _tables[key] = table

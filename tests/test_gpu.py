@@ -519,3 +519,28 @@ def test_the_fallback_is_chosen_where_asked_for():
     assert backends.choose(None, "cuda") == "triton"
     if "cuda" in BACKENDS:
         assert backends.choose("cuda", "cuda") == "cuda"
+
+
+@on_cuda
+@pytest.mark.parametrize("module", [False, True])
+def test_reduce_overhead_draws_anew(backend, module):
+    images, features, _ = batch_of()
+    mixer = SaliencyGraft(backend=backend).to(DEVICE)
+
+    def call(images, features):
+        if module:
+            mixer(images, features=features)
+            return mixer.result.index.clone()
+        return saliency_graft(images, features, backend=backend).index.clone()
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, mode="reduce-overhead")
+    pairings = {tuple(compiled(images, features).tolist()) for _ in range(6)}
+    assert len(pairings) == 6
+
+
+@on_cuda
+def test_a_capture_with_a_seed_on_the_host_is_refused(backend):
+    images, features, _ = batch_of()
+    with pytest.raises(RuntimeError, match="seed: a CUDA graph would replay one draw"):
+        captured(lambda: saliency_graft(images, features, seed=3, backend=backend))

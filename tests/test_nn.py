@@ -266,9 +266,10 @@ def test_reset_parameters_restores_what_to_empty_leaves_as_garbage(seed):
     with torch.device("meta"):
         module = SaliencyGraft(seed=seed)
     module.to_empty(device="cpu")
-    module.seed.fill_(99)
-    module.step.fill_(99)
+    for buffer in module.buffers():
+        buffer.fill_(99)
     module.reset_parameters()
+    assert torch.equal(module.quantiles, rng.beta_quantiles(1.0))
     assert int(module.step) == 0
     assert int(module.seed) == (7 if seed else int(module.seed)) != 99
 
@@ -489,6 +490,12 @@ def test_a_state_dict_resumes_the_end_of_the_warm_up(steps):
     fresh.load_state_dict(module.state_dict())
     images, ids, features = batch_of()
     assert (fresh(images, ids, features=features)[0] is images) == (steps == 0)
+
+
+@pytest.mark.parametrize("options", [{"keep_prob": 0.5}, {"selection": "topk", "k": 2}])
+def test_a_module_that_draws_no_p_holds_no_table(options):
+    assert SaliencyGraft(**options).quantiles is None
+    assert torch.equal(SaliencyGraft(alpha=0.3).quantiles, rng.beta_quantiles(0.3))
 
 
 def test_the_state_dict_is_the_seed_and_the_step():

@@ -415,6 +415,68 @@ def test_a_compiled_network_may_write_over_the_tapped_output(backend, fresh):
     torch.testing.assert_close(saliency, layer(images).abs().sum(1))
 
 
+def graph_of(function, *tensors):
+    """The names of what Dynamo makes of a call."""
+    found = []
+
+    def record(graph, _):
+        found.extend(str(node.target) for node in graph.graph.nodes if node.op != "placeholder")
+        return graph
+
+    torch.compile(function, fullgraph=True, backend=record)(*tensors)
+    return found
+
+
+@pytest.fixture
+def on_a_gpu_that_is_not_there(fresh):
+    """Images and features on one."""
+    with torch._subclasses.FakeTensorMode():
+        yield [torch.empty(shape, device="cuda") for shape in ((4, 3, 8, 8), (4, 5, 4, 4))]
+
+
+def test_compiled_for_a_gpu_the_seed_is_read_on_the_device(on_a_gpu_that_is_not_there):
+    def call(images, features):
+        return saliency_graft(images, features, backend="reference").mask
+
+    found = graph_of(call, *on_a_gpu_that_is_not_there)
+    drawn, operator = (
+        next(i for i, name in enumerate(found) if wanted in name)
+        for wanted in ("draw_seed", "saliency_graft")
+    )
+    assert "to" in found[drawn:operator]  # from the host to the device
+
+
+def test_compiled_for_a_gpu_the_module_copies_nothing_from_the_host(on_a_gpu_that_is_not_there):
+    module = SaliencyGraft(seed=torch.tensor([3]), backend="reference")
+    for name, buffer in module.named_buffers():
+        setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
+
+    def call(images, features):
+        return module(images, features=features)[0]
+
+    found = graph_of(call, *on_a_gpu_that_is_not_there)
+    assert any("saliency_graft" in name for name in found)
+    assert "to" not in found
+    assert not any("draw_seed" in name or "quantiles" in name for name in found)
+
+
+def test_a_seed_on_the_host_is_not_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with torch._subclasses.FakeTensorMode():
+        images, features = (torch.empty(4, 3, 8, 8, device="cuda") for _ in range(2))
+        for seed in (None, 3, torch.empty(1, dtype=torch.int64)):
+            with pytest.raises(RuntimeError, match="seed: a CUDA graph would replay one draw"):
+                saliency_graft(images, features, seed=seed, backend="reference")
+        on_device = torch.empty(1, dtype=torch.int64, device="cuda")
+        saliency_graft(images, features, seed=on_device, backend="reference")
+
+
+def test_a_table_that_is_not_there_is_not_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="Make one call before capturing"):
+        ops.quantiles(0.28125, torch.device("cuda"))
+
+
 def test_exported_is_eager(backend, fresh):
     step = Step(backend, seed=5)
     arguments = inputs()

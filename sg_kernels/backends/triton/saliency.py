@@ -47,10 +47,8 @@ def sum_planes(features, partial, tile, first, last, size, sums, BLOCK: tl.const
     CELLS: tl.constexpr = COLUMNS // BLOCK.planes
     map_cells = size.height * size.width
     chunk = tile * BLOCK.chunks + tl.arange(0, BLOCK.chunks)
-    if BLOCK.layout == "planes":
-        chunk_offset = chunk.to(tl.int64)
-    else:
-        chunk_offset = place_of(chunk, size, sums)
+    dense: tl.constexpr = BLOCK.layout == "planes"
+    chunk_offset = chunk.to(tl.int64) if dense else place_of(chunk, size, sums)
     total = tl.full([BLOCK.rows, BLOCK.chunks, BLOCK.lanes], 0.0, tl.float32)
     for start in range(first, last, BLOCK.rows * UNROLL):
         for part in tl.static_range(UNROLL):
