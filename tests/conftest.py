@@ -54,10 +54,25 @@ def function_of(case):
     return case.nodeid.split("[")[0]
 
 
+def label(callspec, name):
+    """What tells a parameter's value from others, alike in every process; else its position."""
+    value = callspec.params[name]
+    return repr(value) if is_plain(value) else callspec.indices[name]
+
+
+def is_plain(value):
+    if isinstance(value, tuple):
+        return all(map(is_plain, value))
+    return isinstance(value, (str, int, float, torch.dtype, type(None)))
+
+
 def few_of(cases, most):
     """At least ``most`` cases, evenly spread, in which every value of every parameter comes up."""
     values = [
-        set(case.callspec.indices.items()) if hasattr(case, "callspec") else set() for case in cases
+        {(name, label(case.callspec, name)) for name in case.callspec.params}
+        if hasattr(case, "callspec")
+        else set()
+        for case in cases
     ]
     rest, chosen, missing = list(range(len(cases))), [], set().union(*values)
     while missing:
