@@ -28,11 +28,11 @@ demo: $(STAMP) ## trains with and without grafting, compares the backends, draws
 
 test: test-compiled test-interpreted test-emulated ## the test suite, Triton's kernels interpreted and CUDA's emulated
 
-# By file, so that what a module's tests share is made once.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist worksteal
 
+# By file, so that the run of the benchmarks that their tests share is made once.
 test-compiled: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) --dist loadfile
 
 # The interpreter runs a few cases of each test; what is drawn is tested on the compiled backends.
 INTERPRETED := -k triton -m "not slow" --cases $(CASES) \

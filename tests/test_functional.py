@@ -466,9 +466,9 @@ def test_many_alphas_do_not_crowd_out_one_another(backend):
     assert_fulfils_contract(result, images, 1, features=features, alpha=0.5)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (16, 24), (40, 40)])
+@pytest.mark.parametrize("size", [(8, 8), (16, 24)])
 def test_the_layout_of_out_does_not_change_the_map(backend, size):
-    images, features = torch.rand(6, 3, *size), torch.randn(6, 512, 4, 4)
+    images, features = torch.rand(6, 3, *size), torch.randn(6, 256, 4, 4)
     maps = []
     for layout in ("nchw", "channels_last", "stepped"):
         out = in_layout(torch.empty_like(images), layout)
