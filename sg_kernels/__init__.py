@@ -1,11 +1,11 @@
 """Saliency Grafting (Park et al., AAAI 2022) as a fused operator for PyTorch."""
 
 from sg_kernels.backends import available_backends, unavailable_backends
+from sg_kernels.criterion import mix_criterion
 from sg_kernels.functional import (
     GraftResult,
     channel_saliency,
     graft,
-    mix_criterion,
     mix_targets,
     saliency_graft,
 )
