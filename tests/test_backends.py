@@ -134,6 +134,30 @@ def test_without_a_c_compiler_triton_says_so(tmp_path):
     )
 
 
+WITHOUT_TRITON = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+"""
+
+
+def test_without_triton_the_package_works_and_says_so():
+    process = run(
+        WITHOUT_TRITON
+        + CALL
+        + "import sys; print(sg_kernels.unavailable_backends()['triton'], 'triton' in sys.modules)"
+    )
+    assert process.returncode == 0, process.stderr
+    reason = process.stdout.splitlines()[1]
+    assert reason.startswith("Triton is not installed")
+    assert reason.endswith("False")
+
+
+def test_triton_is_imported_by_the_first_call_that_runs_on_it():
+    code = "import sys, torch, sg_kernels; print('triton' in sys.modules)"
+    assert run(code, TRITON_INTERPRET="1").stdout.split() == ["False"]
+
+
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 @pytest.mark.parametrize("complaint", [None, "The NVIDIA driver on your system is too old"])
 def test_without_a_device_a_backend_says_so_and_what_pytorch_complains_of(
