@@ -171,7 +171,11 @@ class SaliencyGraft(nn.Module):
         if not self.training:
             self.result = None
             return images, targets
-        step = self.step
+        # Not by attribute, for which nn.Module searches three dictionaries.
+        buffers = self._buffers
+        seed, step, quantiles = buffers["seed"], buffers["step"], buffers["quantiles"]
+        assert seed is not None
+        assert step is not None
         self._check_place(images, step.device)
         if self._warming_up or self.prob == 0:
             return self._unmixed(images, targets)
@@ -190,7 +194,7 @@ class SaliencyGraft(nn.Module):
         rank = self._stream()
         tensors = Tensors(images, features, saliency, targets=targets)
         randomness = Randomness(
-            self.seed, step, rank, lambda: self._host_call_seed(rank), self.prob, self.quantiles
+            seed, step, rank, lambda: self._host_call_seed(rank), self.prob, quantiles
         )
         result = functional.run(self.options, tensors, randomness)
         self._spend()
