@@ -44,8 +44,8 @@ def mix_criterion(
         loss, weight = _losses(criterion, per_row, logits, targets)
     else:
         lam, index = _lam_and_index(result, logits.device)
-        batch = len(result.saliency) if isinstance(result, GraftResult) else None
-        _check_row_counts(logits, targets, len(lam), batch)
+        expected = len(result.saliency) if isinstance(result, GraftResult) else None
+        _check_row_counts(logits, targets, len(lam), expected)
         batch = len(targets)
         own = targets.repeat(len(logits) // max(batch, 1), *[1] * (targets.dim() - 1))
         # Where an index is out of range lam is NaN, so any row will do.
