@@ -46,9 +46,10 @@ class SaliencyGraft(nn.Module):
     ``.train()`` BatchNorm updates its statistics, and dropout drops. The layer must run once per
     pass.
 
-    A copy (deepcopy, pickle) of the module together with its layer taps the copied layer. A copy of
-    the module alone taps nothing, and a copy of the layer alone is not tapped. No copy keeps
-    :attr:`result` or the features of a pass.
+    A deepcopy of the module together with its layer taps the copied layer. A copy of the module
+    alone taps nothing, and a copy of the layer alone is not tapped. A pickle, such as torch.save's,
+    keeps no tap: call :meth:`tap` after loading it. No copy keeps :attr:`result` or the features of
+    a pass.
 
     Args:
         layer: the module whose output is the feature map, or its name in ``network``. None: give
@@ -113,7 +114,8 @@ class SaliencyGraft(nn.Module):
         check_int("warmup_epochs", warmup_epochs, 0)
         if not (to_features is None or callable(to_features)):
             raise TypeError(f"to_features must be callable; got {type(to_features).__name__}")
-        layer = _checked_layer(layer, network)
+        if layer is not None or network is not None:
+            layer = _checked_layer(layer, network)
         if not (is_number(pass_scale) and 0 < pass_scale <= 1):
             raise ValueError(f"pass_scale must be a number in (0, 1]; got {pass_scale!r}")
         self.pass_scale = pass_scale
@@ -141,9 +143,7 @@ class SaliencyGraft(nn.Module):
         self._tap: Tap | None = None
         self._network: weakref.ref[nn.Module] | None = None
         if layer is not None:
-            tap = Tap(self)
-            tap.attach(layer)
-            self.hold(tap, network)
+            self.tap(layer, network=network)
 
     def forward(
         self,
@@ -264,6 +264,14 @@ class SaliencyGraft(nn.Module):
         self._warming_up = epoch < self.warmup_epochs
         self._epoch_was_set = True
 
+    def tap(self, layer: nn.Module | str, *, network: nn.Module | None = None) -> None:
+        """Taps ``layer`` instead of the one tapped so far; both arguments as in the constructor."""
+        tapped = _checked_layer(layer, network)
+        self.untap()
+        tap = Tap(self)
+        tap.attach(tapped)
+        self.hold(tap, network)
+
     def untap(self) -> None:
         """Takes the hook off the layer again."""
         if self._tap is not None:
@@ -357,8 +365,8 @@ class SaliencyGraft(nn.Module):
         checks.check_tensor("images", images, "(B, C, H, W)", 4)
         if self._tap is None:
             raise ValueError(
-                "features or saliency is needed: this SaliencyGraft taps no layer (a copy made "
-                "without its layer does not either)"
+                "features or saliency is needed: this SaliencyGraft taps no layer, nor does a copy "
+                "made without the layer or loaded from a file: give one to tap()"
             )
         return self._tap.features_of(images)
 
@@ -390,7 +398,7 @@ def _resume(module: nn.Module, incompatible_keys: Any) -> None:
         module._warming_up = module.step.item() == 0  # calls of the warm-up do not advance it
 
 
-def _checked_layer(layer: Any, network: Any) -> nn.Module | None:
+def _checked_layer(layer: Any, network: Any) -> nn.Module:
     if not (network is None or isinstance(network, nn.Module)):
         raise TypeError(f"network must be a torch.nn.Module; got {type(network).__name__}")
     if network is not None and layer is None:
@@ -400,7 +408,7 @@ def _checked_layer(layer: Any, network: Any) -> nn.Module | None:
             return network.get_submodule(layer)
         except AttributeError as error:
             raise ValueError(f"layer must name a module of network; got {layer!r}") from error
-    if not (layer is None or isinstance(layer, nn.Module)):
+    if not isinstance(layer, nn.Module):
         raise TypeError(
             "layer must be a torch.nn.Module, or with network= the name of one; "
             f"got {type(layer).__name__}"

@@ -1,5 +1,7 @@
 """Taps a layer: keeps its output from the clean pass until the call that needs it as features."""
 
+import contextlib
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -167,21 +169,21 @@ class Tap:
         self.features = None
         self._mixed_pass_is_next, self._not_seen = False, "no pass"
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
         # A copied hook serves the copied owner, and is removed with it if nobody else holds that.
         owner = self._owner()
-        network = None if owner is None else owner.network()
-        return _copied, (owner, self._handle, self.layer_name, network)
+        assert owner is not None  # whose end removes the hook
+        twin: Owner = copy.deepcopy(owner, memo)
+        tap = Tap(twin)
+        tap.layer_name = self.layer_name
+        tap.removed_by(copy.deepcopy(self._handle, memo))
+        twin.hold(tap, copy.deepcopy(owner.network(), memo))
+        return tap
 
-
-def _copied(
-    owner: Owner, handle: RemovableHandle, layer_name: str, network: nn.Module | None
-) -> Tap:
-    tap = Tap(owner)
-    tap.layer_name = layer_name
-    tap.removed_by(handle)
-    owner.hold(tap, network)
-    return tap
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # A file of the network holds nothing of ours: a hook of the standard library that does
+        # nothing takes this one's place, as an entry of a dictionary cannot be left out.
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def _without_ddp(network: nn.Module) -> nn.Module:

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -288,13 +290,12 @@ def test_warm_up_taps_no_layer(backend):
     torch.testing.assert_close(module.result.saliency, net.body(images).abs().sum(1))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
-def test_a_copied_network_taps_its_own_layer(backend, duplicate):
+def test_a_copied_network_taps_its_own_layer(backend):
     images, ids, _ = batch_of()
     parent = nn.Module()
     parent.net = Net()
     parent.graft = SaliencyGraft(parent.net.body, num_classes=5, seed=1, backend=backend)
-    twin = duplicate(parent)
+    twin = copy.deepcopy(parent)
     twin.net(images)
     with pytest.raises(RuntimeError, match="layer"):
         parent.graft(images, ids)
@@ -302,20 +303,19 @@ def test_a_copied_network_taps_its_own_layer(backend, duplicate):
     torch.testing.assert_close(twin.graft.result.saliency, parent.net.body(images).abs().sum(1))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
 @pytest.mark.parametrize("order", [1, -1])
-def test_copies_in_either_order_tap_the_copied_layer_until_they_untap_or_go(duplicate, order):
+def test_copies_in_either_order_tap_the_copied_layer_until_they_untap_or_go(order):
     images, ids, _ = batch_of()
     net = Net()
     module = SaliencyGraft(net.body, num_classes=5)
     net(images)
-    twins = duplicate([net, module][::order])[::order]
+    twins = copy.deepcopy([net, module][::order])[::order]
     assert twins[1]._tap.features is None
     twins[0](images)
     twins[1](images, ids)
     twins[1].untap()
     assert not twins[0].body._forward_hooks
-    twins = duplicate([net, module][::order])[::order]
+    twins = copy.deepcopy([net, module][::order])[::order]
     layer = twins[0].body
     assert len(layer._forward_hooks) == 1
     del twins
@@ -336,30 +336,75 @@ def test_a_copy_without_its_layer_taps_none(duplicate):
     module(images, ids)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
-def test_a_copy_made_after_a_call_starts_with_a_clean_pass(duplicate):
+def test_a_copy_made_after_a_call_starts_with_a_clean_pass():
     images, ids, _ = batch_of()
     net = Net()
     module = SaliencyGraft(net.body, num_classes=5)
     net(images)
     module(images, ids)
-    twin_net, twin = duplicate([net, module])
+    twin_net, twin = copy.deepcopy([net, module])
     features = twin_net.body(images)
     twin(images, ids)
     torch.testing.assert_close(twin.result.saliency, features.abs().sum(1))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
-def test_a_copy_of_the_layer_is_not_tapped(duplicate):
+def test_a_copy_of_the_layer_is_not_tapped():
     images, ids, _ = batch_of()
     net = Net()
     module = SaliencyGraft(net.body, num_classes=5)
-    twin = duplicate(net)
+    twin = copy.deepcopy(net)
     gc.collect()
     assert not twin.body._forward_hooks
     twin(images)
     with pytest.raises(RuntimeError, match="layer"):
         module(images, ids)
+
+
+@pytest.mark.parametrize("duplicate", [by_pickle, by_torch_save])
+def test_a_pickle_keeps_no_tap_and_taps_again_when_told(backend, duplicate):
+    images, ids, _ = batch_of()
+    net = Net()
+    module = SaliencyGraft(net.body, num_classes=5, seed=1, backend=backend)
+    twin_net, twin = duplicate([net, module])
+    features = twin_net.body(images)
+    with pytest.raises(ValueError, match=r"taps no layer.*tap\(\)"):
+        twin(images, ids)
+    twin.tap("body", network=twin_net)
+    twin(images, ids)
+    torch.testing.assert_close(twin.result.saliency, features.abs().sum(1))
+
+
+def test_a_saved_network_loads_without_the_package(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    module = SaliencyGraft(net[0], to_features=lambda output: output)
+    torch.save(net, tmp_path / "net.pt")
+    code = (
+        "import sys, torch; sys.modules['sg_kernels'] = None; "
+        "net = torch.load('net.pt', weights_only=False); "
+        "print(net(torch.ones(1, 3, 4, 4)).sum().item(), "
+        "torch.compile(net, backend='eager', fullgraph=True)(torch.ones(1, 3, 4, 4)).sum().item())"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    expected = net(torch.ones(1, 3, 4, 4)).sum().item()
+    assert [float(value) for value in process.stdout.split()] == pytest.approx([expected] * 2)
+    assert len(net[0]._forward_hooks) == 1
+    assert module._tap is not None
+
+
+def test_tap_moves_to_another_layer():
+    images, ids, _ = batch_of()
+    net, other = Net(), Net()
+    module = SaliencyGraft(net.body, num_classes=5)
+    module.tap(other.body)
+    assert not net.body._forward_hooks
+    features = other.body(images)
+    module(images, ids)
+    torch.testing.assert_close(module.result.saliency, features.abs().sum(1))
+    with pytest.raises(TypeError, match=r"layer must be a torch.nn.Module.*NoneType"):
+        module.tap(None)
+    assert len(other.body._forward_hooks) == 1
 
 
 def test_the_layer_does_not_keep_the_module_alive():
@@ -572,11 +617,10 @@ def test_what_goes_wrong_in_its_pass_leaves_the_modes_as_they_were():
     assert not net.frozen.training
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
-def test_a_copied_network_makes_the_pass_of_the_copied_module(duplicate):
+def test_a_copied_network_makes_the_pass_of_the_copied_module():
     net = Normalized()
     module = SaliencyGraft("body", network=net, num_classes=5)
-    twin_net, twin = duplicate([net, module])
+    twin_net, twin = copy.deepcopy([net, module])
     twin(*batch_of()[:2])
     assert len(twin_net.passes) == 1
     assert not net.passes
