@@ -214,6 +214,17 @@ def test_top_k_breaks_ties_by_the_lowest_cell(backend):
     assert result.mask.int().tolist() == [[[1, 1, 0], [1, 0, 1]]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(512, 7, 7), (2048, 7, 7)])
+def test_cells_of_equal_features_tie(backend, shape, dtype):
+    channels, h, w = shape
+    column = torch.randn(8, channels, 1, 1, generator=torch.Generator().manual_seed(5)).to(dtype)
+    features = column.expand(8, *shape).contiguous()
+    options = {"selection": "topk", "k": 1, "seed": 1, "backend": backend}
+    mask = saliency_graft(torch.randn(8, 3, 9, 9), features, **options).mask
+    assert mask.sum() == mask[:, 0, 0].sum() == 8
+
+
 def test_a_cell_at_the_threshold_is_not_salient(backend):
     saliency = torch.tensor([[[1.0, 1.0, 1.0, 0.0]]])
     images = torch.randn(1, 3, 6, 6)

@@ -26,9 +26,9 @@ TINY = torch.finfo(torch.float32).tiny
 every cell."""
 
 
-def channel_saliency(features: Tensor) -> Tensor:
+def channel_saliency(features: Tensor, accumulate: torch.dtype = torch.float32) -> Tensor:
     """Stage 1: S[b, y, x] = sum over k of |features[b, k, y, x]|, without gradient."""
-    return features.detach().abs().sum(dim=1, dtype=torch.float32)
+    return features.detach().abs().sum(dim=1, dtype=accumulate).float()
 
 
 def resample(saliency: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -233,7 +233,10 @@ def saliency_graft(call: Call) -> Outputs:
         index = index.clone()  # no output of an operator may be one of its inputs
     if saliency is None:
         assert call.features is not None
-        saliency = channel_saliency(call.features)
+        # torch.sum takes an order of its own in each cell, which float32 would show: cells with
+        # equal features must tie.
+        ranked = call.k is not None
+        saliency = channel_saliency(call.features, torch.float64 if ranked else torch.float32)
     else:
         saliency = torch.where(saliency >= 0, saliency, torch.nan).float().contiguous()
     grid = resample(saliency, call.grid_size)
