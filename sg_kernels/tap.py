@@ -171,12 +171,13 @@ class Tap:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
         # A copied hook serves the copied owner, and is removed with it if nobody else holds that.
-        owner = self._owner()
-        assert owner is not None  # whose end removes the hook
+        owner, handle = self._owner(), self._handle
+        assert owner is not None  # as the layer still holds this hook
+        assert handle is not None
         twin: Owner = copy.deepcopy(owner, memo)
         tap = Tap(twin)
         tap.layer_name = self.layer_name
-        tap.removed_by(copy.deepcopy(self._handle, memo))
+        tap.removed_by(copy.deepcopy(handle, memo))
         twin.hold(tap, copy.deepcopy(owner.network(), memo))
         return tap
 
