@@ -118,6 +118,16 @@ def check_images(images: Any, shape: str, *dims: int) -> None:
         raise TypeError("images must not be under torch.vmap: give the whole batch instead")
 
 
+def warn_of_last_channels(images: Tensor, grid_size: tuple[int, int]) -> None:
+    """Warns of images that look like (B, H, W, K): their sides, so read, fit the mask exactly."""
+    (_, channels, height, width), (gh, gw) = images.shape, grid_size
+    if width < height and channels * gw == height * gh and height * gw != width * gh:
+        warn_once(
+            f"images {tuple(images.shape)} are read as (B, C, H, W), but as (B, H, W, C) their "
+            f"sides would fit a mask of {gh} x {gw}: if so, give images.movedim(-1, 1)"
+        )
+
+
 def check_out(out: Any, images: Tensor, rows: int, others: dict[str, Any]) -> None:
     """Checks ``out`` against the images and the tensors among ``others``, by name."""
     check_tensor("out", out, "(n * B, C, H, W)", 4, dtypes=(images.dtype,), device=images.device)

@@ -191,6 +191,8 @@ def graft(
     rows, gh, gw = mask.shape
     checks.check_rows("mask", rows, batch)
     checks.check_grid_size("mask", (gh, gw), *images.shape[2:])
+    if not torch.compiler.is_compiling():
+        checks.warn_of_last_channels(images, (gh, gw))
     checks.check_index(index, rows, batch, device)
     name = backends.choose(backend, device.type)
     if out is not None:

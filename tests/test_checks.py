@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import warnings
 
 import numpy as np
@@ -748,6 +749,14 @@ def test_a_grid_of_one_cell_is_warned_of_once(options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         saliency_graft(torch.rand(4, 3, 16, 16), features, **options)
+
+
+def test_one_hot_maps_with_the_classes_last_are_warned_of(recwarn):
+    mask, index = torch.ones(2, 4, 6, dtype=torch.bool), torch.tensor([1, 0])
+    graft(torch.zeros(2, 5, 8, 12), mask, index)
+    assert not recwarn.list
+    graft(torch.zeros(2, 8, 12, 7), mask, index)
+    assert re.search(r"images \(2, 8, 12, 7\).*movedim\(-1, 1\)", str(recwarn.pop().message))
 
 
 @pytest.mark.parametrize(
