@@ -1,6 +1,5 @@
 """The tensors that the public functions accept. Errors name the argument and what is accepted."""
 
-import math
 import os
 import sys
 import warnings
@@ -210,7 +209,7 @@ def _check_proportions(channels_first: Tensor, features: Tensor, images: Tensor)
 def _tokens_as_map(features: Tensor, options: Options, images: Tensor | None) -> Tensor:
     count, grid = features.shape[1] - options.prefix_tokens, options.token_grid
     if grid == "square":
-        side = math.isqrt(max(0, count))
+        side = int(max(0, count) ** 0.5)  # torch.compile traces no isqrt of a dynamic shape
         h, w = side, side
     elif callable(grid):
         if images is None:

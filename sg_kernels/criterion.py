@@ -1,6 +1,5 @@
 """Mixes losses instead of targets, for criteria that take no dense targets."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +62,9 @@ def _per_row(criterion: Any) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
     reduction = getattr(criterion, "reduction", None)
     if not isinstance(criterion, nn.Module) or reduction not in ("mean", "sum"):
         return criterion, "mean"
-    per_row: Any = copy.copy(criterion)
+    # As copy.copy does, which torch.compile cannot trace.
+    per_row: Any = type(criterion).__new__(type(criterion))
+    per_row.__dict__.update(criterion.__dict__)
     per_row.reduction = "none"
     return per_row, str(reduction)
 

@@ -343,6 +343,73 @@ def test_compiled_graft_and_mix_targets(backend, fresh):
         torch.testing.assert_close(one, other)
 
 
+EVERY_OPTION = {
+    "sampled": {
+        "temperature": 0.05,
+        "normalize": "mean",
+        "threshold": 0.02,
+        "grid_size": (3, 2),
+        "alpha": 0.3,
+        "norm": "l2",
+        "augmentations": 3,
+        "no_fixed_points": True,
+        "label_smoothing": 0.1,
+    },
+    "area": {"normalize": "none", "temperature": 50.0, "keep_prob": 0.5, "label": "area"},
+    "topk": {"selection": "topk", "k": 9, "norm": "l2sq", "channel_dim": 1},
+}
+
+
+@pytest.mark.parametrize("options", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_every_option_compiles_in_dynamic_shapes(backend, fresh, options):
+    def call(images, features, ids, out):
+        return saliency_graft(
+            images,
+            features,
+            seed=3,
+            targets=ids,
+            num_classes=7,
+            out=out,
+            backend=backend,
+            **options,
+        )
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, dtype in ((5, torch.float32), (3, torch.uint8)):
+        images, features, ids = (tensor[:batch] for tensor in inputs())
+        images = (images * 50).to(dtype)
+        rows = options.get("augmentations", 1) * batch
+        outs = images.new_zeros(2, rows, *images.shape[1:])
+        results = [f(images, features, ids, out) for f, out in zip((compiled, call), outs)]
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_compiled_criterion_is_eager(fresh, reduction):
+    criterion = torch.nn.CrossEntropyLoss(torch.rand(7), reduction=reduction)
+
+    def loss(logits, ids, lam):
+        return sg_kernels.mix_criterion(criterion, logits, ids, (lam, INDEX))
+
+    logits, ids, lam = torch.randn(8, 7), torch.tensor([1, 6, 0, 3]), torch.rand(8)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, ids, lam), loss(logits, ids, lam))
+    assert criterion.reduction == reduction
+
+
+def test_compiled_square_tokens_have_any_size(backend, fresh):
+    def saliency(tokens):
+        return sg_kernels.channel_saliency(
+            tokens, token_grid="square", prefix_tokens=1, backend=backend
+        )
+
+    compiled = torch.compile(saliency, fullgraph=True, dynamic=True, backend="aot_eager")
+    for side in (4, 5, 7):
+        tokens = torch.randn(2, 1 + side * side, 8)
+        assert torch.equal(compiled(tokens), saliency(tokens))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_into_out_is_eager(backend, fresh, dtype, dynamic):
