@@ -16,7 +16,7 @@ NATIVE := setup.py $(CSRC)
 # csrc/cuda built to run on the CPU.
 EMULATION := build/emulation/libsg_kernels_cuda.so
 
-.PHONY: help demo test test-compiled test-interpreted test-emulated test-triton-3.6 lint sanitize aot build bench compare \
+.PHONY: help demo test test-compiled test-interpreted test-emulated test-triton-3.6 lint sanitize aot build host bench compare \
 	bench-check bench-calibrate figures gpu clean
 .DEFAULT_GOAL := help
 
@@ -73,6 +73,9 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) tests/emulation/*.h tests/driver/cuda.c
 
 build: $(STAMP) ## the virtual environment and the compiled backend
+
+host: $(STAMP) ## the host's time of a Triton call, without a GPU
+	$(RUN) -m benchmarks.speed.host
 
 bench: $(STAMP) ## every operator, backend and shape by itself, under pytest-benchmark
 	$(RUN) -m pytest benchmarks/speed/bench_ops.py --benchmark-columns=min,median,iqr,rounds \

@@ -17,6 +17,7 @@ if torch.version.cuda or torch.version.hip:
     pytest.skip("this PyTorch has a driver of its own", allow_module_level=True)
 
 import driver
+import triton
 import triton.language as tl
 
 from sg_kernels.backends.triton import launch, operators, plan
@@ -451,3 +452,20 @@ def test_mix_targets(observed, dense):
         targets = torch.rand(2, classes) if dense else torch.tensor([1, 3])
         calls.append((targets, torch.rand(4), INDEX, classes, smoothing))
     check_launches(observed, operators.mix_targets, calls, expected_mix_targets)
+
+
+def test_a_profiler_is_told_of_each_launch(observed):
+    names = []
+    hook = triton.knobs.runtime.launch_enter_hook
+
+    def listener(metadata):
+        names.append(metadata.get()["name"])
+
+    operators.saliency_graft(*call_of())
+    hook.add(listener)
+    try:
+        operators.saliency_graft(*call_of())
+    finally:
+        hook.remove(listener)
+    operators.saliency_graft(*call_of())
+    assert names == ["saliency_kernel", "saliency_graft_kernel"]

@@ -1,20 +1,18 @@
 """The host's time of a call, on images so small that nothing else is left.
 
-    python -m benchmarks.speed.host
+    make host
 
-measures the Triton backend without a GPU: its operators take CPU tensors under TRITON_INTERPRET=1,
-which this sets, and a stub replaces its launcher. So Triton's own part of a launch and the driver's
-are missing. Writes benchmarks/results/host.csv.
+measures the Triton backend without a GPU: Triton's own launcher runs, on a driver that records
+launches instead of making them. A real driver adds the time of its own launch. Writes
+benchmarks/results/host.csv.
 """
 
-import os
-
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -23,10 +21,10 @@ from benchmarks.speed import measure, results
 from benchmarks.speed.candidates import Run, operator_call
 from benchmarks.speed.cases import TINY, make_data
 from benchmarks.speed.results import Row, absent, row_of
-from sg_kernels import ops
+from sg_kernels import backends, ops
 
 HOST_TIME, OPERATORS = "host time", "operators per call"
-STUBBED = ", launcher stubbed"
+RECORDED = ", on a driver that records"
 
 
 def calls_of(backend: str, device: str) -> dict[str, Run]:
@@ -43,9 +41,9 @@ def calls_of(backend: str, device: str) -> dict[str, Run]:
     }
 
 
-def host_times(backends: Iterable[str], device: str, rounds: int) -> Iterator[list[Row]]:
+def host_times(names: Iterable[str], device: str, rounds: int) -> Iterator[list[Row]]:
     calls: dict[str, Run] = {}
-    for backend in backends:
+    for backend in names:
         try:
             calls |= calls_of(backend, device)
         except Exception as error:
@@ -63,30 +61,35 @@ def time_calls(calls: dict[str, Run], rounds: int) -> Iterator[list[Row]]:
     yield [absent(TINY.where(name), HOST_TIME, why) for name, why in failed.items()]
 
 
-_found: dict[tuple[Any, ...], None] = {}
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """The Triton backend takes tensors of the CPU, as if they lay on an H100."""
+    from sg_kernels.backends.triton import launch
+    from tests import driver
 
-
-def launch_stub(
-    function: Any, programs: int, threads: int, arguments: tuple[Any, ...], *constants: Any
-) -> None:
-    """Looks a launch up, as the launcher does, and launches nothing."""
-    missing = tuple([memory is None for memory in arguments[0]])
-    _found.setdefault((function, 0, threads, constants, missing))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        driver.installed(Path(folder)),
+        mock.patch.object(launch, "_compiled", {}),
+        mock.patch.dict(backends.DEVICES, triton=("cuda", "cpu")),
+        torch.library._scoped_library("sg_kernels", "IMPL") as library,
+    ):
+        library.impl("saliency_graft.triton", ops._triton("saliency_graft"), "CPU")
+        yield
 
 
 @torch.no_grad()
 def main() -> None:
-    from sg_kernels.backends.triton import operators
-
-    operators.launch = launch_stub  # type: ignore[assignment]
     torch.set_num_threads(1)
-    calls = calls_of("triton", "cpu")
-    arguments = calls["triton raw operator"].args
-    calls["triton raw operator, undispatched"] = partial(operators.saliency_graft, *arguments)
-    calls = {name + STUBBED: call for name, call in calls.items()}
-    rows = [row for more in time_calls(calls, rounds=101) for row in more]
+    with triton_on_cpu():
+        calls = calls_of("triton", "cpu")
+        arguments = calls["triton raw operator"].args
+        undispatched = ops._triton_operators().saliency_graft
+        calls["triton raw operator, undispatched"] = partial(undispatched, *arguments)
+        calls = {name + RECORDED: call for name, call in calls.items()}
+        rows = [row for more in time_calls(calls, rounds=101) for row in more]
     for row in rows:
-        print(f"{row.candidate:<52}{row.value:>8.1f} us  ({row.p20:.1f} .. {row.p80:.1f})")
+        print(f"{row.candidate:<60}{row.value:>8.1f} us  ({row.p20:.1f} .. {row.p80:.1f})")
     results.write(results.RESULTS / "host.csv", results.describe_run("cpu"), rows)
 
 

@@ -67,11 +67,25 @@ def launch(
         function[programs,](*arguments, *constants)
         return
     absent = tuple([memory is None for memory in arguments[0]])
-    key = (function, torch.cuda.current_device(), threads, constants, absent)
+    device = torch.cuda.current_device()
+    key = (function, device, threads, constants, absent)
     compiled = _compiled.get(key)
     if compiled is None:
         warp_size = triton.runtime.driver.active.get_current_target().warp_size
         options = {"num_warps": max(1, threads // warp_size), **OPTIONS}
         compiled = triton.compile(source(function, arguments, constants), options=options)
         _compiled[key] = compiled
-    compiled[programs, 1, 1](*arguments, *constants)
+    if _a_hook_listens():
+        compiled[programs, 1, 1](*arguments, *constants)
+        return
+    # As above, less what only hooks ask for.
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    run = compiled.run  # loads the kernel at first
+    kernel, metadata = compiled.function, compiled.packed_metadata
+    run(programs, 1, 1, stream, kernel, metadata, None, None, None, *arguments, *constants)
+
+
+def _a_hook_listens() -> bool:
+    """Whether a profiler wants to know of launches; Triton calls empty chains of hooks, too."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
