@@ -42,7 +42,7 @@ def facts() -> Iterator[tuple[str, str]]:
     for backend, devices in backends.DEVICES.items():
         runs = f"runs, on {' and '.join(devices)} tensors"
         yield f"backend {backend}", unavailable.get(backend, runs)
-    for variable in ("SG_KERNELS_BACKEND", "SG_KERNELS_DEBUG"):
+    for variable in ("SG_KERNELS_BACKEND", "SG_KERNELS_DEBUG", "SG_KERNELS_OVERLAP"):
         yield variable, os.environ.get(variable, "not set")
 
 

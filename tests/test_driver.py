@@ -19,6 +19,7 @@ if torch.version.cuda or torch.version.hip:
 import driver
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from sg_kernels.backends.triton import launch, operators, plan
 from sg_kernels.backends.triton.saliency import SAMPLES
@@ -46,6 +47,8 @@ def observed(session, monkeypatch):
     """What the operators launch on an H100, and what the plan answered them."""
     monkeypatch.setattr(launch, "_compiled", {})  # so that every test has a first launch
     monkeypatch.setattr(operators, "multiprocessors", lambda device: driver.MULTIPROCESSORS)
+    launch.overlaps.cache_clear()
+    monkeypatch.setattr(operators, "overlaps", lambda device: launch.overlaps(0))
     seen = SimpleNamespace(recorder=session, memory=[], plans={})
 
     def launched(function, programs, threads, arguments, *constants):
@@ -73,6 +76,7 @@ class Expected(NamedTuple):
     threads: int
     arguments: dict
     """By name: "group.field". None where there is no such parameter."""
+    overlaps: bool = False
 
 
 def parameters_of(function):
@@ -126,7 +130,8 @@ def assert_arrived(launched, expected):
     assert launched.block == (expected.threads, 1, 1)
     assert launched.shared_bytes == kernel.shared_bytes
     assert launched.stream == driver.STREAM
-    assert launched.attributes == 0
+    assert launched.overlaps == expected.overlaps
+    assert launched.attributes == int(expected.overlaps)
 
 
 def check_launches(observed, operator, calls, expected_of):
@@ -323,7 +328,8 @@ def expected_launch_2(observed, call, planned, outputs, out):
     }
     parts = planned.rows.parts
     programs = len(out) * (parts + 1 if parts > 1 else 1)
-    return Expected(operators.saliency_graft_kernel, programs, planned.threads, given)
+    kernel = operators.saliency_graft_kernel
+    return Expected(kernel, programs, planned.threads, given, overlaps=launch.OVERLAP)
 
 
 class OnHost(torch.Tensor):
@@ -410,6 +416,20 @@ def test_saliency_graft(observed, variant):
     first, second = VARIANTS[variant]
     calls = call_of(**first), call_of(**first | second)
     check_launches(observed, operators.saliency_graft, calls, expected_saliency_graft)
+
+
+def test_saliency_graft_without_overlap(observed, monkeypatch):
+    monkeypatch.setattr(launch, "OVERLAP", False)
+    calls = call_of(), call_of()
+    check_launches(observed, operators.saliency_graft, calls, expected_saliency_graft)
+
+
+def test_a_gpu_before_hopper_does_not_overlap(session, monkeypatch):
+    launch.overlaps.cache_clear()
+    ampere = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 80, 32))
+    monkeypatch.setattr(driver.triton.runtime.driver, "_active", ampere)
+    assert not launch.overlaps(0)
+    launch.overlaps.cache_clear()
 
 
 @pytest.mark.parametrize("channels", [16, 1024], ids=["whole", "splits"])

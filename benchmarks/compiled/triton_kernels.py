@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.compiled.cuobjdump import count_instructions, dump
 from sg_kernels.backends.triton import operators
-from sg_kernels.backends.triton.launch import OPTIONS, source
+from sg_kernels.backends.triton.launch import options_of, source
 from sg_kernels.call import NORM, NORMALIZE, Call
 
 TARGETS = {
@@ -73,7 +73,9 @@ class Compiled(NamedTuple):
     wide_stores: int
 
 
-def launches_of(operator: Callable[..., Any], *args: Any) -> list[tuple[Any, ...]]:
+def launches_of(
+    operator: Callable[..., Any], *args: Any, overlaps: bool = True
+) -> list[tuple[Any, ...]]:
     """What an operator would launch; its tensors need no memory."""
     recorded: list[tuple[Any, ...]] = []
 
@@ -83,6 +85,7 @@ def launches_of(operator: Callable[..., Any], *args: Any) -> list[tuple[Any, ...
     with (
         mock.patch.object(operators, "launch", record),
         mock.patch.object(operators, "multiprocessors", return_value=MULTIPROCESSORS),
+        mock.patch.object(operators, "overlaps", return_value=overlaps),
     ):
         operator(*args)
     return recorded
@@ -93,7 +96,7 @@ def meta(*shape: int, dtype: torch.dtype, channels_last: bool = False) -> Tensor
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
 
 
-def saliency_graft(images: Tensor, **options: Any) -> list[tuple[Any, ...]]:
+def saliency_graft(images: Tensor, overlaps: bool = True, **options: Any) -> list[tuple[Any, ...]]:
     """The launches of a call with class ids, a drawn pairing and a drawn p."""
     source = options.get("saliency", options.get("features"))
     grid_size = options.pop("grid_size", tuple(source.shape[-2:]))
@@ -111,7 +114,7 @@ def saliency_graft(images: Tensor, **options: Any) -> list[tuple[Any, ...]]:
         quantiles=meta(1025, dtype=torch.int64),
         **options,
     )
-    return launches_of(operators.saliency_graft, *call)
+    return launches_of(operators.saliency_graft, *call, overlaps=overlaps)
 
 
 def size(*tensors: Tensor) -> int:
@@ -164,6 +167,8 @@ def other_kernels() -> Iterator[Launch]:
     yield Launch("saliency strided", *recorded, size(strided), False)
     recorded = saliency_graft(images, features=features, k=9)[1]
     yield Launch("graft topk", *recorded, 2 * size(images), True)
+    recorded = saliency_graft(images, overlaps=False, features=features)[1]
+    yield Launch("graft, no overlap", *recorded, 2 * size(images), True)
     for name, tensor in (("graft odd sizes", odd), ("graft strided", sliced)):
         recorded = saliency_graft(tensor, features=features)[1]
         yield Launch(name, *recorded, 2 * size(tensor), False)
@@ -182,10 +187,15 @@ def other_kernels() -> Iterator[Launch]:
 def compile_launch(launch: Launch, target: str) -> Any:
     """Compiles a launch exactly as it would be at run time on ``target``."""
     gpu = TARGETS[target]
+    function, constants = launch.function, launch.constants
+    if function is operators.saliency_graft_kernel and not (
+        gpu.backend == "cuda" and gpu.arch >= 90
+    ):
+        constants = (*constants[:-1], False)  # the last is OVERLAPS
     return triton.compile(
-        source(launch.function, launch.arguments, launch.constants),
+        source(function, launch.arguments, constants),
         target=gpu,
-        options={"num_warps": max(1, launch.threads // gpu.warp_size), **OPTIONS},
+        options=options_of(function, launch.threads, constants, gpu.warp_size),
     )
 
 

@@ -35,6 +35,7 @@ class Record(ctypes.Structure):
         ("block", ctypes.c_uint32 * 3),
         ("shared_bytes", ctypes.c_uint32),
         ("attributes", ctypes.c_uint32),
+        ("overlaps", ctypes.c_uint32),
         ("parameters", ctypes.c_uint32),
         ("values", ctypes.c_uint64 * 128),
     ]
@@ -58,6 +59,8 @@ class Launch(NamedTuple):
     shared_bytes: int
     stream: int
     attributes: int
+    overlaps: bool
+    """Whether it may start while the launch before it ends."""
     values: list[int]
     """The bits of each parameter."""
 
@@ -98,6 +101,7 @@ class Recorder:
             record.shared_bytes,
             record.stream,
             record.attributes,
+            bool(record.overlaps),
             record.values[: record.parameters],
         )
 

@@ -14,7 +14,7 @@ enum {
 /* driver.Record in Python has the same fields. */
 struct launch {
   uint64_t function, stream;
-  uint32_t grid[3], block[3], shared_bytes, attributes, parameters;
+  uint32_t grid[3], block[3], shared_bytes, attributes, overlaps, parameters;
   uint64_t values[MAX_PARAMETERS]; /* as many low bytes as the parameter has, the others 0 */
 };
 
@@ -38,6 +38,14 @@ const struct launch* recorder_launches(int* count) {
 
 void recorder_forget(void) { launch_count = 0; }
 
+/* Whether the kernel may start while the one before it ends. */
+static uint32_t overlaps(const CUlaunchConfig* config) {
+  for (unsigned i = 0; i < config->numAttrs; i++)
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      return config->attrs[i].value.programmaticStreamSerializationAllowed;
+  return 0;
+}
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction f, void** params, void** extra) {
   uintptr_t function = (uintptr_t)f;
   if (function >= MAX_FUNCTIONS || parameter_counts[function] == 0) return CUDA_ERROR_INVALID_VALUE;
@@ -50,6 +58,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction f, void** par
       .block = {config->blockDimX, config->blockDimY, config->blockDimZ},
       .shared_bytes = config->sharedMemBytes,
       .attributes = config->numAttrs,
+      .overlaps = overlaps(config),
       .parameters = parameter_counts[function],
   };
   for (uint32_t i = 0; i < launch->parameters; i++)

@@ -1,5 +1,6 @@
 """How a kernel is compiled, once for its constants, and then launched with little on the way."""
 
+import os
 from functools import lru_cache
 from typing import Any, get_type_hints
 
@@ -11,8 +12,8 @@ from triton.compiler import ASTSource
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 runs the kernels on the CPU, to test them without a GPU."""
 
-OPTIONS = {"enable_fp_fusion": False}
-"""a * b + c rounds twice, as in the reference."""
+OVERLAP = os.environ.get("SG_KERNELS_OVERLAP", "1") not in ("", "0")
+"""Whether launch 2 may start while launch 1 ends, where the GPU can."""
 POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*i1"}
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -22,6 +23,29 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 def multiprocessors(device: int) -> int:
     """Of a CUDA device by its index; 1 for the interpreter, whose tensors have no index: -1."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
+
+
+@lru_cache
+def overlaps(device: int) -> bool:
+    """Whether a CUDA device lets a kernel start while the one before it ends, by its index:
+    programmatic dependent launch, from compute capability 9.0 on.
+    """
+    if device < 0 or not OVERLAP:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def options_of(
+    function: Any, threads: int, constants: tuple[Any, ...], warp_size: int
+) -> dict[str, Any]:
+    """What the compiler is told beside the constants, of which OVERLAPS concerns it too."""
+    named = zip([p.name for p in function.params if p.is_constexpr], constants)
+    options = {
+        "num_warps": max(1, threads // warp_size),
+        "enable_fp_fusion": False,  # a * b + c rounds twice, as in the reference
+    }
+    return {**options, "launch_pdl": True} if dict(named).get("OVERLAPS") else options
 
 
 def source(function: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> ASTSource:
@@ -72,7 +96,7 @@ def launch(
     compiled = _compiled.get(key)
     if compiled is None:
         warp_size = triton.runtime.driver.active.get_current_target().warp_size
-        options = {"num_warps": max(1, threads // warp_size), **OPTIONS}
+        options = options_of(function, threads, constants, warp_size)
         compiled = triton.compile(source(function, arguments, constants), options=options)
         _compiled[key] = compiled
     if _a_hook_listens():

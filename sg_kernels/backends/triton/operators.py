@@ -23,7 +23,7 @@ from sg_kernels.backends.triton.arguments import (
 )
 from sg_kernels.backends.triton.backward import graft_backward_kernel
 from sg_kernels.backends.triton.copy import graft_kernel
-from sg_kernels.backends.triton.launch import launch, multiprocessors
+from sg_kernels.backends.triton.launch import launch, multiprocessors, overlaps
 from sg_kernels.backends.triton.rows import COLUMNS, mix_targets_kernel, saliency_graft_kernel
 from sg_kernels.backends.triton.saliency import SAMPLES, saliency_kernel
 from sg_kernels.call import NORM, NORMALIZE, Call, Outputs
@@ -344,4 +344,5 @@ def _launch_2(
         planned.at_once,
         UNITS[tile.unit_bytes],
         tile.layout,
+        overlaps(call.images.get_device()),
     )

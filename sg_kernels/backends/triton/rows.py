@@ -24,6 +24,7 @@ def saliency_graft_kernel(
     GRAFTS: tl.constexpr,
     UNIT: tl.constexpr,
     LAYOUT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Every program works out the mask of its sample. The first ``rows`` programs write it, with
     lam and target, of one row each; ``parts`` programs share the tiles of a row. If several do,
@@ -32,6 +33,8 @@ def saliency_graft_kernel(
     """
     NORM: tl.constexpr = STAGES.norm
     TARGETS: tl.constexpr = STAGES.targets
+    if OVERLAPS:  # with the end of launch 1, whose writes are read from here on
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     row, part = program % rows.rows, program // rows.rows - tl.cast(rows.parts > 1, tl.int32)
     draw, own = row // rows.batch, (row % rows.batch).to(tl.int64)
