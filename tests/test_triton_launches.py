@@ -1,7 +1,6 @@
 """What the Triton backend launches: how many kernels, which, compiled how often. Needs no GPU."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,38 +197,6 @@ def flat(signature, arguments):
             yield kind, argument
 
 
-@needs_compiler
-def test_a_second_launch_goes_straight_to_the_compiled_kernel(monkeypatch):
-    compiled, ran = [], []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *arguments: ran.append((grid, arguments))
-
-    def compile_(source, options):
-        compiled.append((source, options["num_warps"]))
-        return Kernel()
-
-    target = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: HOPPER))
-    monkeypatch.setattr(triton.runtime, "driver", target)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(launch, "source", lambda *given: given)
-    monkeypatch.setattr(triton, "compile", compile_)
-    for programs in (5, 6):
-        launch.launch("kernel", programs, 128, ((1, None), programs), True)
-    launch.launch("kernel", 5, 128, ((1, 2), 5), True)
-    assert compiled == [
-        (("kernel", ((1, None), 5), (True,)), 4),
-        (("kernel", ((1, 2), 5), (True,)), 4),
-    ]
-    assert ran == [
-        ((5, 1, 1), ((1, None), 5, True)),
-        ((6, 1, 1), ((1, None), 6, True)),
-        ((5, 1, 1), ((1, 2), 5, True)),
-    ]
-
-
 def test_launch_1_has_as_many_programs_for_small_batches_as_for_large(launched):
     programs = {}
     for batch in (32, 64, 128, 256, 512):
@@ -339,7 +306,8 @@ def test_lam_is_divided_as_ieee_has_it(norm, divisions):
     """Approximate division would leave lam below 1 for a mask that keeps everything."""
     signature = {"lam": "*fp32", "own": "*fp32", "mask": "*i1", "NORM": "constexpr"}
     source = ASTSource(store_label_ratio, signature, constexprs={"NORM": norm})
-    ptx = triton.compile(source, target=HOPPER, options=launch.OPTIONS).asm["ptx"]
+    options = launch.options_of(store_label_ratio, 32, (norm,), HOPPER.warp_size)
+    ptx = triton.compile(source, target=HOPPER, options=options).asm["ptx"]
     assert ptx.count("div.rn.f32") == divisions
 
 
