@@ -37,15 +37,24 @@ struct Selection {
   std::int64_t k;  // 0: by threshold
 };
 
+// What the rows of a draw share in stage 5: p as a threshold of words, and whether they are grafted
+// at all.
+struct KeepProb {
+  std::int64_t p;
+  bool grafts;
+};
+
 // Stage 5 and the pairing.
 struct Draws {
   const std::int64_t* quantiles;  // of p; nullptr: p is keep_prob
   double keep_prob, prob;
   bool no_fixed_points;
 
-  // p as a threshold, from the word that is drawn for it.
-  SG_HOST_DEVICE std::int64_t p(std::uint32_t word) const {
-    return quantiles == nullptr ? threshold_of(keep_prob) : keep_threshold(word, quantiles);
+  SG_HOST_DEVICE KeepProb draw_keep_prob(std::int64_t draw, std::uint64_t seed) const {
+    const Words words = philox(0, 0, draw, kKeepProb, seed);
+    const std::int64_t p =
+        quantiles == nullptr ? threshold_of(keep_prob) : keep_threshold(words.word[0], quantiles);
+    return {p, words.word[1] < threshold_of(prob)};
   }
 };
 
@@ -65,7 +74,8 @@ struct Call {
   Batch features;
   Float features_type;
   const float* saliency;
-  Grid map, grid;
+  Grid map, grid;             // the map has no cells if the call needs none
+  const bool* mask;           // (rows, grid), in place of stages 3 to 5; nullptr: they choose it
   const std::int64_t* index;  // nullptr: the pairing is drawn
   Seed seed;
   Selection selection;

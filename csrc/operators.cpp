@@ -317,7 +317,7 @@ const std::int64_t* quantiles_of(const std::optional<Tensor>& quantiles, Scope& 
   return scope.dense<std::int64_t>(*quantiles);
 }
 
-// Fills what stage 1 reads: features or a ready map.
+// Fills what stage 1 reads: features or a ready map. Only the area of a given mask needs no map.
 void set_source(
     Call& call, const std::optional<Tensor>& features, const std::optional<Tensor>& saliency,
     Scope& scope) {
@@ -334,8 +334,10 @@ void set_source(
     call.features_type = float_of(*features, "features");
     call.map = {call.features.height, call.features.width};
   }
+  const bool needed = call.mask == nullptr || call.norm != Norm::kArea;
   STD_TORCH_CHECK(
-      (call.ready ? *saliency : *features).size(0) == call.images.batch && call.map.cells() > 0,
+      (call.ready ? *saliency : *features).size(0) == call.images.batch &&
+          (call.map.cells() > 0 || !needed),
       "features, saliency: must have the batch of images, and cells");
 }
 
@@ -365,11 +367,11 @@ Results saliency_graft(
     const Tensor& images, const Tensor& seed, const std::vector<std::int64_t>& grid_size,
     double temperature, double threshold, std::int64_t normalize, std::int64_t norm,
     const std::optional<Tensor>& features, const std::optional<Tensor>& saliency,
-    const std::optional<Tensor>& index, const std::optional<Tensor>& targets,
-    const std::optional<Tensor>& out, const std::optional<Tensor>& step, std::int64_t rank,
-    const std::optional<Tensor>& quantiles, double keep_prob, std::optional<std::int64_t> k,
-    double prob, std::int64_t augmentations, bool no_fixed_points, std::int64_t num_classes,
-    double label_smoothing) {
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& index,
+    const std::optional<Tensor>& targets, const std::optional<Tensor>& out,
+    const std::optional<Tensor>& step, std::int64_t rank, const std::optional<Tensor>& quantiles,
+    double keep_prob, std::optional<std::int64_t> k, double prob, std::int64_t augmentations,
+    bool no_fixed_points, std::int64_t num_classes, double label_smoothing) {
   check_images(images);
   STD_TORCH_CHECK(augmentations >= 1, "augmentations must be >= 1");
   Scope scope(images);
@@ -384,6 +386,14 @@ Results saliency_graft(
       static_cast<float>(temperature), enum_of(normalize, Normalize::kNone, "normalize"),
       static_cast<float>(threshold), k.value_or(0)};
   call.norm = enum_of(norm, Norm::kArea, "norm");
+  if (mask) {
+    check(*mask, ScalarType::Bool, 3, "mask");
+    STD_TORCH_CHECK(
+        mask->size(0) == call.rows() && mask->size(1) == call.grid.height &&
+            mask->size(2) == call.grid.width,
+        "mask must have a row per output, on the grid");
+    call.mask = scope.dense<bool>(*mask);
+  }
   set_source(call, features, saliency, scope);
   if (index) {
     check_index(*index, call.rows(), call.images.batch);

@@ -4,8 +4,10 @@ from sg_kernels.backends import available_backends, unavailable_backends
 from sg_kernels.criterion import mix_criterion
 from sg_kernels.functional import (
     GraftResult,
+    Shares,
     channel_saliency,
     graft,
+    label_ratio,
     mix_targets,
     saliency_graft,
 )
@@ -16,9 +18,11 @@ __version__ = "0.1.0"
 __all__ = [
     "GraftResult",
     "SaliencyGraft",
+    "Shares",
     "available_backends",
     "channel_saliency",
     "graft",
+    "label_ratio",
     "mix_criterion",
     "mix_targets",
     "saliency_graft",

@@ -31,7 +31,10 @@ class Call(NamedTuple):
     features: Tensor | None = None
     """(B, K, h, w); either these or ``saliency``."""
     saliency: Tensor | None = None
-    """float32 (B, h, w); what is not >= 0 counts as NaN."""
+    """float32 (B, h, w); what is not >= 0 counts as NaN. (B, 0, 0), no map, only where ``mask`` is
+    given and ``norm`` is "area"."""
+    mask: Tensor | None = None
+    """bool (rows, gh, gw), in place of stages 3 to 5, whose arguments then count for nothing."""
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
     """int64 (rows,); None: the pairing is drawn."""
     targets: Tensor | None = None
@@ -66,7 +69,7 @@ class Outputs(NamedTuple):
     mask: Tensor
     """bool (rows, gh, gw)."""
     saliency: Tensor
-    """float32 (B, h, w)."""
+    """float32 (B, h, w), or (B, 0, 0) where the call has no map."""
     targets: Tensor
     """float32 (rows, num_classes); (rows, 0) without targets."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sg_kernels.options import MAX_ROWS, Options, is_int, is_size
+from sg_kernels.options import DEFAULTS, MAX_ROWS, REPLACED_BY_MASK, Options, is_int, is_size
 
 LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
 """Where the code lies that is not the user's."""
@@ -95,6 +95,30 @@ def check_grid_size(name: str, grid_size: tuple[int, int], height: int, width: i
             f"{name} must be at least (1, 1) and at most the (H, W) of images, {(height, width)}; "
             f"got {tuple(grid_size)}"
         )
+
+
+def check_mask(mask: Any, images: Tensor) -> tuple[int, int, int]:
+    """Checks a mask for ``images`` but for the number of its rows. Returns its shape."""
+    shape = "(n * B, gh, gw)"
+    check_tensor("mask", mask, shape, 3, dtypes=(torch.bool,), device=images.device)
+    rows, gh, gw = mask.shape
+    check_grid_size("mask", (gh, gw), *images.shape[2:])
+    return rows, gh, gw
+
+
+def check_mask_of_rows(mask: Any, options: Options, images: Tensor, rows: int) -> tuple[int, int]:
+    """Checks a mask, one per row, that takes the place of ``options``. Returns its grid."""
+    excluded = [
+        name for name in REPLACED_BY_MASK if getattr(options, name) != getattr(DEFAULTS, name)
+    ]
+    if excluded:
+        raise ValueError(
+            f"mask replaces the grid and the choice of cells; it excludes {', '.join(excluded)}"
+        )
+    given, gh, gw = check_mask(mask, images)
+    if given != rows:
+        raise ValueError(f"mask must have {rows} rows, one per output; got {given}")
+    return gh, gw
 
 
 def check_index(index: Any, rows: int, batch: int, device: torch.device) -> None:
@@ -230,7 +254,7 @@ def _tokens_as_map(features: Tensor, options: Options, images: Tensor | None) ->
     return features[:, options.prefix_tokens :].unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
 
-def ready_map(saliency: Any, options: Options, device: torch.device) -> Tensor:
+def ready_map(saliency: Any, options: Options, device: torch.device | None = None) -> Tensor:
     """A checked saliency map as float32, without gradient."""
     check_tensor("saliency", saliency, "(B, h, w)", 3, dtypes=FEATURE_DTYPES, device=device)
     if options.token_grid is not None or options.prefix_tokens:

@@ -43,7 +43,8 @@ def mix_criterion(
         loss, weight = _losses(criterion, per_row, logits, targets)
     else:
         lam, index = _lam_and_index(result, logits.device)
-        expected = len(result.saliency) if isinstance(result, GraftResult) else None
+        saliency = result.saliency if isinstance(result, GraftResult) else None
+        expected = None if saliency is None else len(saliency)
         _check_row_counts(logits, targets, len(lam), expected)
         batch = len(targets)
         own = targets.repeat(len(logits) // max(batch, 1), *[1] * (targets.dim() - 1))

@@ -1,19 +1,22 @@
 """The public functions: each checks its arguments, draws the seed, and calls one operator."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from sg_kernels import backends, checks, ops, rng
+from sg_kernels.backends import reference
 from sg_kernels.call import NORMALIZE, Call
 from sg_kernels.options import (
     TYPES,
+    Norm,
     Options,
     OptionTypes,
     TokenGrid,
+    check_bool,
     lists_options,
     options_of,
 )
@@ -37,8 +40,8 @@ class GraftResult(NamedTuple):
     """The image that each row was grafted onto, int64 (rows,), in 0 .. B - 1."""
     mask: Tensor
     """True in the cells whose pixels are the row's own, bool (rows, gh, gw)."""
-    saliency: Tensor
-    """The saliency map, float32 (B, h, w)."""
+    saliency: Tensor | None
+    """The saliency map, float32 (B, h, w); None where a ``mask`` needed none."""
     targets: Tensor | None
     """lam * y_i + (1 - lam) * y_j, float32 (rows, num_classes); None without targets."""
 
@@ -49,6 +52,7 @@ def saliency_graft(
     features: Tensor | None = None,
     *,
     saliency: Tensor | None = None,
+    mask: Tensor | None = None,
     index: Tensor | None = None,
     targets: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -85,6 +89,11 @@ def saliency_graft(
         selection: ``"bernoulli"``, or ``"topk"``: the ``k`` most salient cells and no sampling, the
             paper's deterministic ablation.
         k: the cells that ``"topk"`` keeps, 1 .. gh * gw.
+        mask: a mask of your own, such as CutMix boxes, bool (n * B, gh, gw), no finer than the
+            images: True where a row keeps its own pixels. The map is resampled to its grid. It
+            excludes the options that choose a grid and its cells: ``temperature``, ``normalize``,
+            ``threshold``, ``grid_size``, ``alpha``, ``keep_prob``, ``selection`` and ``k``. With
+            ``label="area"`` it needs neither ``features`` nor ``saliency``.
         label: ``"saliency"``, the paper's calibrated label mixing, or ``"area"``: lam is the share
             of cells kept.
         norm: how surviving saliency is measured: ``"l1"``, ``"l2"`` or ``"l2sq"`` (squared l2). The
@@ -124,7 +133,7 @@ def saliency_graft(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
     source = generator if seed is None else checks.seed_tensor(seed)
-    tensors = Tensors(images, features, saliency, index, targets, out)
+    tensors = Tensors(images, features, saliency, mask, index, targets, out)
     return run(checked, tensors, Randomness(source))
 
 
@@ -187,10 +196,8 @@ def graft(
             return out
         return graft(images[:, None], mask, index, backend=backend)[:, 0]
     batch, device = images.shape[0], images.device
-    checks.check_tensor("mask", mask, "(n * B, gh, gw)", 3, dtypes=(torch.bool,), device=device)
-    rows, gh, gw = mask.shape
+    rows, gh, gw = checks.check_mask(mask, images)
     checks.check_rows("mask", rows, batch)
-    checks.check_grid_size("mask", (gh, gw), *images.shape[2:])
     if not torch.compiler.is_compiling():
         checks.warn_of_last_channels(images, (gh, gw))
     checks.check_index(index, rows, batch, device)
@@ -239,12 +246,81 @@ def mix_targets(
     return mix(targets, lam.detach(), index, width, label_smoothing)
 
 
+class Shares(NamedTuple):
+    """How much saliency survives in each row, float32 (rows,); see :func:`label_ratio`."""
+
+    own: Tensor
+    """I(S_i, M), of the row's own image."""
+    other: Tensor
+    """I(S_j, 1 - M), of the image that it is grafted onto."""
+
+
+@overload
+def label_ratio(
+    saliency: Tensor,
+    mask: Tensor,
+    index: Tensor,
+    *,
+    norm: Norm = "l1",
+    shares: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def label_ratio(
+    saliency: Tensor, mask: Tensor, index: Tensor, *, norm: Norm = "l1", shares: Literal[True]
+) -> Shares: ...
+
+
+def label_ratio(
+    saliency: Tensor, mask: Tensor, index: Tensor, *, norm: Norm = "l1", shares: bool = False
+) -> Tensor | Shares:
+    """The weight of a row's own label: lam = own / (own + other), without gradient.
+
+    own = I(S_i, M) and other = I(S_j, 1 - M) are the shares of saliency that survive in the
+    row, with I(S, M) = ||S M|| / ||S||, i the row's own image and j = index[row].
+
+    Args:
+        saliency: (B, h, w), floating, >= 0; resampled to the grid of the mask, area average down
+            and nearest up.
+        mask: bool (n * B, gh, gw), True where a row keeps its own pixels.
+        index: int64 (n * B,), in 0 .. B - 1; duplicates are allowed.
+        norm: ``"l1"``, ``"l2"`` or ``"l2sq"`` (squared l2). By area lam would be
+            ``mask.float().mean((1, 2))``.
+        shares: return own and other instead of lam.
+
+    Returns:
+        lam, float32 (n * B,), in [0, 1]: the share of True cells where a norm or own + other is 0
+        or not finite. Or :class:`Shares`, NaN where ||S|| is 0 or not finite.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by its name. Values that lie on a GPU are not checked
+            unless SG_KERNELS_DEBUG=1: where an index is out of range, lam and other are NaN.
+    """
+    options = Options(norm=norm)
+    check_bool("shares", shares)
+    saliency = checks.ready_map(saliency, options)
+    batch, device = saliency.shape[0], saliency.device
+    checks.check_tensor("mask", mask, "(n * B, gh, gw)", 3, dtypes=(torch.bool,), device=device)
+    rows, gh, gw = mask.shape
+    for name, size in (("saliency", saliency.shape), ("mask", mask.shape)):
+        if not (size[1] and size[2]):
+            raise ValueError(f"{name} must have at least one cell; got {tuple(size)}")
+    checks.check_rows("mask", rows, batch)
+    checks.check_index(index, rows, batch, device)
+    grid = reference.resample(reference.checked_saliency(saliency), (gh, gw))
+    if shares:
+        return Shares(*reference.shares(grid, mask, index, norm))
+    return reference.label_ratio(grid, mask, index, norm)
+
+
 class Tensors(NamedTuple):
     """The tensors that a user gives to a call."""
 
     images: Tensor
     features: Tensor | None = None
     saliency: Tensor | None = None
+    mask: Tensor | None = None
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
     targets: Tensor | None = None
     out: Tensor | None = None
@@ -291,27 +367,30 @@ def run(options: Options, tensors: Tensors, randomness: Randomness) -> GraftResu
     images, lam, index, mask, saliency, targets = outputs
     if tensors.out is not None:
         images = tensors.out
+    has_map = not (tensors.features is None and tensors.saliency is None)
     return GraftResult(
-        images, lam, index, mask, saliency, None if tensors.targets is None else targets
+        images,
+        lam,
+        index,
+        mask,
+        saliency if has_map else None,
+        None if tensors.targets is None else targets,
     )
 
 
 def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
-    images, _, _, index, targets, out = tensors
+    images, _, _, mask, index, targets, out = tensors
     checks.check_images(images, "(B, C, H, W)", 4)
-    (batch, _, height, width), device = images.shape, images.device
-    name, source, map_size = _check_evidence(options, tensors, batch)
-    sizes = options.sizes(map_size)
-    for size in sizes:
-        checks.check_grid_size("grid_size", size, height, width)
-        if options.k is not None and options.k > size[0] * size[1]:
-            raise ValueError(f"k must be at most the cells of the grid, {size}; got {options.k}")
-    if (1, 1) in sizes and not torch.compiler.is_compiling():
-        _warn_of_one_cell(name, source)
+    batch, device = images.shape[0], images.device
     rows = batch
     if options.augmentations > 1:
         rows = options.augmentations * batch
         checks.check_row_count(rows, options.augmentations)
+    name, source = _check_evidence(options, tensors, batch)
+    if mask is None:
+        sizes = _check_sizes(options, images, name, source)
+    else:
+        sizes = (checks.check_mask_of_rows(mask, options, images, rows),)
     if index is not None:
         if options.no_fixed_points:
             raise ValueError("no_fixed_points draws the pairing; it excludes index")
@@ -324,6 +403,7 @@ def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
     arguments = {
         "images": images,
         name: source,
+        "mask": mask,
         "index": index,
         "targets": targets,
         "num_classes": num_classes,
@@ -339,11 +419,15 @@ def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
     return Plan(arguments, sizes, backend, differentiable)
 
 
-def _check_evidence(
-    options: Options, tensors: Tensors, batch: int
-) -> tuple[str, Tensor, tuple[int, int]]:
-    """Which of features and saliency is given, and that one, checked, with the size of its map."""
-    images, features, saliency, *_ = tensors
+def _check_evidence(options: Options, tensors: Tensors, batch: int) -> tuple[str, Tensor]:
+    """Which of features and saliency is given, and that one, checked."""
+    images, features, saliency, mask, *_ = tensors
+    if features is None and saliency is None and mask is not None:
+        if options.label != "area":
+            raise ValueError(
+                "give one of features and saliency, from which lam follows, or label='area'"
+            )
+        return "saliency", torch.empty(batch, 0, 0, device=images.device)
     if (features is None) == (saliency is None):
         given = "both" if saliency is not None else "neither"
         raise ValueError(f"give one of features and saliency; got {given}")
@@ -356,7 +440,23 @@ def _check_evidence(
         raise ValueError(f"{name} must have the B = {batch} of images; got {tuple(shape)}")
     if not (h and w):
         raise ValueError(f"{name} must have at least one cell; got {tuple(shape)}")
-    return name, evidence, (h, w)
+    return name, evidence
+
+
+def _check_sizes(
+    options: Options, images: Tensor, name: str, source: Tensor
+) -> tuple[tuple[int, int], ...]:
+    """The grid sizes of which one is drawn."""
+    height, width = images.shape[2:]
+    h, w = source.shape[-2:]
+    sizes = options.sizes((h, w))
+    for size in sizes:
+        checks.check_grid_size("grid_size", size, height, width)
+        if options.k is not None and options.k > size[0] * size[1]:
+            raise ValueError(f"k must be at most the cells of the grid, {size}; got {options.k}")
+    if (1, 1) in sizes and not torch.compiler.is_compiling():
+        _warn_of_one_cell(name, source)
+    return sizes
 
 
 def _warn_of_one_cell(name: str, source: Tensor) -> None:
@@ -397,7 +497,7 @@ def draw(options: Options, plan: Plan, randomness: Randomness) -> Call:
         host_seed = randomness.on_host() if randomness.on_host else int(seed)
         grid_size = rng.draw_grid_size(host_seed, plan.sizes)
     keep_prob, quantiles = options.keep_prob, None
-    if options.k is not None:
+    if options.k is not None or plan.arguments["mask"] is not None:
         keep_prob = 1.0
     elif keep_prob is None:
         keep_prob, quantiles = 0.0, randomness.quantiles

@@ -152,11 +152,14 @@ class SaliencyGraft(nn.Module):
         *,
         features: Tensor | None = None,
         saliency: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Grafts ``images``, (B, C, H, W), and mixes ``targets``, (B,) ids or (B, num_classes).
 
         ``features`` or ``saliency``, as in :func:`sg_kernels.saliency_graft`, take precedence over
-        the tapped layer. Returns the mixed images and targets, float32 (rows, num_classes), or None
+        the tapped layer. So is ``mask``, which excludes the same options here; with
+        ``label="area"`` the call then needs no features. Where the coin of ``prob`` says no, a mask
+        grafts nothing either. Returns the mixed images and targets, float32 (rows, num_classes), or None
         without targets. In training mode the targets always have that form: in the warm-up and at
         ``prob=0`` they are unmixed, and the images are returned as they are. :attr:`result` keeps
         the rest.
@@ -179,7 +182,8 @@ class SaliencyGraft(nn.Module):
         self._check_place(images, step.device)
         if self._warming_up or self.prob == 0:
             return self._unmixed(images, targets)
-        if features is None and saliency is None:
+        needs_map = mask is None or self.options.label != "area"
+        if needs_map and features is None and saliency is None:
             if self._tap is not None and self._tap.features is None:
                 if not self.needs_pass():
                     unmixed = self._unmixed(images, targets, self.options.augmentations)
@@ -192,7 +196,7 @@ class SaliencyGraft(nn.Module):
             if features is None:
                 features = self._tapped_features(images)
         rank = self._stream()
-        tensors = Tensors(images, features, saliency, targets=targets)
+        tensors = Tensors(images, features, saliency, mask, targets=targets)
         randomness = Randomness(
             seed, step, rank, lambda: self._host_call_seed(rank), self.prob, quantiles
         )

@@ -32,6 +32,12 @@ ALPHAS = 0.0, 1e6
 MAX_ROWS = 2**31 - 1
 """Of rows and of classes, which the kernels count in 32 bits."""
 
+REPLACED_BY_MASK = (
+    *("temperature", "normalize", "threshold", "grid_size"),
+    *("alpha", "keep_prob", "selection", "k"),
+)
+"""The options that a mask excludes: of stages 3 to 5, and the grid, which is the mask's own."""
+
 SCALARS = (str, bool, int, float, type(None))
 """Types whose values are told apart by type and value alone."""
 

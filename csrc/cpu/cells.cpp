@@ -100,19 +100,17 @@ void select(const float* grid, std::int64_t cells, const Selection& selection, b
 }
 
 void sample(
-    const bool* keep, std::int64_t own, std::int64_t draw, std::int64_t cells, const Draws& draws,
+    const bool* keep, std::int64_t own, std::int64_t draw, std::int64_t cells, std::int64_t p,
     std::uint64_t seed, bool* mask) {
-  const Words shared = philox(0, 0, draw, kKeepProb, seed);
-  if (shared.word[1] >= threshold_of(draws.prob)) {
-    std::fill(mask, mask + cells, true);
-    return;
-  }
-  const std::int64_t p = draws.p(shared.word[0]);
   for (std::int64_t block = 0; block * 4 < cells; ++block) {
     const Words words = philox(block, own, draw, kSampling, seed);
     for (std::int64_t c = block * 4; c < std::min(block * 4 + 4, cells); ++c)
       mask[c] = keep[c] && words.word[c % 4] < p;
   }
+}
+
+void gate(bool* mask, std::int64_t cells, bool grafts) {
+  if (!grafts) std::fill(mask, mask + cells, true);
 }
 
 float label_ratio(
@@ -121,13 +119,14 @@ float label_ratio(
   double own_total = 0.0, own_kept = 0.0, other_total = 0.0, other_left = 0.0;
   std::int64_t area = 0;
   for (std::int64_t c = 0; c < cells; ++c) {
+    area += mask[c];
+    if (norm == Norm::kArea) continue;  // then there may be no maps
     const double own_weight = weight<double>(own[c], norm);
     const double other_weight = weight<double>(other[c], norm);
     own_total += own_weight;
     other_total += other_weight;
     own_kept += mask[c] ? own_weight : 0.0;
     other_left += mask[c] ? 0.0 : other_weight;
-    area += mask[c];
   }
   return sg_kernels::label_ratio(
       share(own_kept, own_total), share(other_left, other_total),

@@ -26,10 +26,13 @@ class Resampling {
 // Stages 3 and 4 of one sample.
 void select(const float* grid, std::int64_t cells, const Selection& selection, bool* keep);
 
-// Stage 5 of image `own` in one draw.
+// Stage 5 of image `own` in one draw: the salient cells that are kept.
 void sample(
-    const bool* keep, std::int64_t own, std::int64_t draw, std::int64_t cells, const Draws& draws,
+    const bool* keep, std::int64_t own, std::int64_t draw, std::int64_t cells, std::int64_t p,
     std::uint64_t seed, bool* mask);
+
+// Stage 5: a draw that does not graft keeps all cells.
+void gate(bool* mask, std::int64_t cells, bool grafts);
 
 // Stage 7 of a row, from the maps of image `own` and image `other`.
 float label_ratio(

@@ -38,7 +38,9 @@ class RowWorker {
         outputs_(outputs),
         seed_(seed),
         resample_(resample),
-        resampled_(call.map.height != call.grid.height || call.map.width != call.grid.width),
+        resampled_(
+            call.map.cells() > 0 &&
+            (call.map.height != call.grid.height || call.map.width != call.grid.width)),
         cells_(call.grid.cells()),
         grafter_(call.images, call.grid, outputs.images),
         own_grid_(resampled_ ? cells_ : 0),
@@ -48,10 +50,15 @@ class RowWorker {
 
   void work_on(const Strip& strip) {
     const float* own_grid = on_grid(strip.own, own_grid_);
-    select(own_grid, cells_, call_.selection, keep_.get());
-    sample(
-        keep_.get(), strip.own, strip.row / call_.images.batch, cells_, call_.draws, seed_,
-        mask_.get());
+    const std::int64_t draw = strip.row / call_.images.batch;
+    const KeepProb drawn = call_.draws.draw_keep_prob(draw, seed_);
+    if (call_.mask == nullptr) {
+      select(own_grid, cells_, call_.selection, keep_.get());
+      sample(keep_.get(), strip.own, draw, cells_, drawn.p, seed_, mask_.get());
+    } else {
+      std::copy_n(call_.mask + strip.row * cells_, cells_, mask_.get());
+    }
+    gate(mask_.get(), cells_, drawn.grafts);
     grafter_.graft(mask_.get(), strip);
     if (strip.first == 0) finish_row(strip, own_grid);
   }

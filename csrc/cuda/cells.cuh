@@ -18,7 +18,8 @@ struct Maps {
 
   SG_HOST_DEVICE int cells() const { return grid_height * grid_width; }
   SG_HOST_DEVICE bool on_grid() const {
-    return splits == 1 && map.height == grid_height && map.width == grid_width;
+    return map.cells() == 0 ||
+           (splits == 1 && map.height == grid_height && map.width == grid_width);
   }
 };
 
@@ -132,19 +133,18 @@ __device__ inline void select(
     select_by_rank(grid, cells, selection.k, keep);
 }
 
-// Stage 5, in place. A thread samples the cells that it selected, so no barrier is needed before.
+// Stage 5, in place: the salient cells that are kept. A thread samples the cells that it selected,
+// so no barrier is needed before.
 __device__ inline void sample(
-    bool* mask, std::int64_t own, std::int64_t draw, int cells, const Draws& draws,
+    bool* mask, std::int64_t own, std::int64_t draw, int cells, std::int64_t p,
     std::uint64_t seed) {
-  const Words shared = philox(0, 0, draw, kKeepProb, seed);
-  const bool gated = shared.word[1] >= threshold_of(draws.prob);
-  const std::int64_t p = draws.p(shared.word[0]);
-  for (int c = threadIdx.x; c < cells; c += kThreads) {
-    if (gated)
-      mask[c] = true;
-    else if (mask[c])
-      mask[c] = stream_word(c, own, draw, kSampling, seed) < p;
-  }
+  for (int c = threadIdx.x; c < cells; c += kThreads)
+    if (mask[c]) mask[c] = stream_word(c, own, draw, kSampling, seed) < p;
+}
+
+// Stage 5, in place: a draw that does not graft keeps all cells.
+__device__ inline void gate(bool* mask, int cells, bool grafts) {
+  for (int c = threadIdx.x; c < cells && !grafts; c += kThreads) mask[c] = true;
   __syncthreads();
 }
 
@@ -155,13 +155,14 @@ __device__ inline float label_ratio(
   // weight of other, and the area.
   double sums[5] = {};
   for (int c = threadIdx.x; c < cells; c += kThreads) {
+    sums[4] += mask[c];
+    if (norm == Norm::kArea) continue;  // then there may be no maps
     const double own_weight = weight<double>(own[c], norm);
     const double other_weight = weight<double>(other[c], norm);
     sums[0] += own_weight;
     sums[1] += mask[c] ? own_weight : 0.0;
     sums[2] += other_weight;
     sums[3] += mask[c] ? 0.0 : other_weight;
-    sums[4] += mask[c];
   }
   sum_block(sums);
   return sg_kernels::label_ratio(

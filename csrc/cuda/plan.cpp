@@ -88,6 +88,7 @@ SaliencyPlan plan_given(Grid map, Grid grid, std::int32_t lanes) {
   SaliencyPlan plan{};
   plan.layout = Layout::kGiven;
   plan.splits = 1;
+  if (map.cells() == 0) return plan;  // nothing to check
   plan.tiles = static_cast<std::int32_t>(std::clamp<std::int64_t>(
       std::max(map.cells() / kCellsOfATile, grid.cells() * lanes / kThreads), 1, kMaxTiles));
   return plan;
@@ -211,7 +212,7 @@ Plan plan_call(const Call& call, const Batch& out, int multiprocessors) {
   std::int64_t terms;
   if (call.ready) {
     plan.saliency = plan_given(map, grid, plan.lanes);
-    plan.gridded = map.height != grid.height || map.width != grid.width;
+    plan.gridded = map.cells() > 0 && (map.height != grid.height || map.width != grid.width);
     terms = terms_of(1, 1, grid, 1);
   } else {
     // If the copy is too large for a single launch, launch 1 has the device for itself.

@@ -67,8 +67,15 @@ __device__ void rows_task(const RowsWork& work, int task) {
   bool* kept = work.at_once ? mask : work.outputs.mask + std::int64_t{row} * cells;
 
   const float* own_grid = on_grid(work.maps, own, grids);
-  select(own_grid, cells, call.selection, kept);
-  sample(kept, own, draw, cells, call.draws, *work.call_seed);
+  const KeepProb drawn = call.draws.draw_keep_prob(draw, *work.call_seed);
+  if (call.mask == nullptr) {
+    select(own_grid, cells, call.selection, kept);
+    sample(kept, own, draw, cells, drawn.p, *work.call_seed);
+  } else {
+    const bool* given = call.mask + std::int64_t{row} * cells;
+    for (int c = threadIdx.x; c < cells; c += kThreads) kept[c] = given[c];
+  }
+  gate(kept, cells, drawn.grafts);
   if (part == 0) {
     const float* other_grid = on_grid(work.maps, other, grids + cells);
     finish_row(work, row, own, other, valid, own_grid, other_grid, kept);

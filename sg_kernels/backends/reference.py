@@ -31,6 +31,11 @@ def channel_saliency(features: Tensor, accumulate: torch.dtype = torch.float32) 
     return features.detach().abs().sum(dim=1, dtype=accumulate).float()
 
 
+def checked_saliency(saliency: Tensor) -> Tensor:
+    """A ready map in float32. What is not >= 0 counts as NaN, so its sample has no salient cell."""
+    return torch.where(saliency >= 0, saliency, torch.nan).float().contiguous()
+
+
 def resample(saliency: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """Stage 2: the map on the grid, axis by axis: area average where it shrinks, else nearest."""
     (h, w), (gh, gw) = saliency.shape[1:], grid_size
@@ -85,19 +90,24 @@ def sample(
 ) -> Tensor:
     """Stage 5: M = keep and Bernoulli(p), with one p per draw: bool (rows, gh, gw).
 
-    p is drawn from ``quantiles``; without them it is ``keep_prob``. With probability 1 - ``prob`` a
-    draw grafts nothing: M is all True, and its rows are the source images.
+    p is drawn from ``quantiles``; without them it is ``keep_prob``. ``prob``: see :func:`gate`.
     """
     batch, gh, gw = keep.shape
-    p_word, gate_word = rng.words(seed, rng.Stream.KEEP_PROB, 2, draws=augmentations).unbind(-1)
+    p_word = rng.words(seed, rng.Stream.KEEP_PROB, 1, draws=augmentations)[..., 0]
     if quantiles is None:
         p = torch.full_like(p_word, int(keep_prob * rng.ONE))
     else:
         p = rng.keep_threshold(p_word, quantiles)
     word = rng.words(seed, rng.Stream.SAMPLING, gh * gw, batch, augmentations)
     mask = keep.flatten(1) & (word < p[..., None])
-    mask = mask | (gate_word >= int(prob * rng.ONE))[..., None]
-    return mask.reshape(-1, gh, gw)
+    return gate(mask.reshape(-1, gh, gw), seed, prob, augmentations)
+
+
+def gate(mask: Tensor, seed: Tensor, prob: float, augmentations: int) -> Tensor:
+    """With probability 1 - ``prob`` a draw grafts nothing: M is all True, its rows the sources."""
+    word = rng.words(seed, rng.Stream.KEEP_PROB, 2, draws=augmentations)[..., 1]
+    by_draw = mask.reshape(augmentations, -1) | (word >= int(prob * rng.ONE))
+    return by_draw.view(mask.shape)
 
 
 def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
@@ -139,30 +149,38 @@ def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int
     return total.to(grad.dtype)
 
 
-def label_ratio(saliency: Tensor, mask: Tensor, index: Tensor, norm: str) -> Tensor:
-    """Stage 7: the weight lam of the row's own label, float32 (rows,).
+def shares(saliency: Tensor, mask: Tensor, index: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """Stage 7: how much saliency survives of source and destination, float32 (rows,) each.
 
-    I(S_i, M) / (I(S_i, M) + I(S_j, 1 - M)) with I(S, M) = ||S M|| / ||S||. The share of True cells
-    for norm "area", and where a norm or the denominator is 0 or not finite. NaN where the index is
-    out of range.
+    I(S_i, M) and I(S_j, 1 - M) with I(S, M) = ||S M|| / ||S||. NaN where ||S|| is 0 or not finite,
+    and of the destination where the index is out of range.
     """
     batch = saliency.shape[0]
     mask = mask.flatten(1)
     valid = in_range(index, batch)
-    lam = mask.float().mean(1)
+    flat = saliency.flatten(1)
+    weight = flat / flat.amax(1, keepdim=True)  # leaves I as it is; squares cannot overflow
+    if norm != "l1":
+        weight = weight.square()
+    share = weight / weight.sum(1, keepdim=True)
+    kept = (share.repeat(mask.shape[0] // max(batch, 1), 1) * mask).sum(1)
+    left = (share[torch.where(valid, index, 0)] * ~mask).sum(1)
+    left = torch.where(valid, left, torch.nan)
+    return (kept.sqrt(), left.sqrt()) if norm == "l2" else (kept, left)
+
+
+def label_ratio(saliency: Tensor, mask: Tensor, index: Tensor, norm: str) -> Tensor:
+    """Stage 7: the weight lam of the row's own label, float32 (rows,).
+
+    kept / (kept + left) of the :func:`shares`. The share of True cells for norm "area", and where a
+    norm or the denominator is 0 or not finite. NaN where the index is out of range.
+    """
+    lam = mask.flatten(1).float().mean(1)
     if norm != "area":
-        flat = saliency.flatten(1)
-        weight = flat / flat.amax(1, keepdim=True)  # leaves I as it is; squares cannot overflow
-        if norm != "l1":
-            weight = weight.square()
-        share = weight / weight.sum(1, keepdim=True)
-        kept = (share.repeat(mask.shape[0] // max(batch, 1), 1) * mask).sum(1)
-        left = (share[torch.where(valid, index, 0)] * ~mask).sum(1)
-        if norm == "l2":
-            kept, left = kept.sqrt(), left.sqrt()
+        kept, left = shares(saliency, mask, index, norm)
         ratio = kept / (kept + left)
         lam = torch.where(ratio.isfinite(), ratio, lam)
-    return torch.where(valid, lam, torch.nan)
+    return torch.where(in_range(index, saliency.shape[0]), lam, torch.nan)
 
 
 def mix_targets(
@@ -238,11 +256,15 @@ def saliency_graft(call: Call) -> Outputs:
         ranked = call.k is not None
         saliency = channel_saliency(call.features, torch.float64 if ranked else torch.float32)
     else:
-        saliency = torch.where(saliency >= 0, saliency, torch.nan).float().contiguous()
-    grid = resample(saliency, call.grid_size)
+        saliency = checked_saliency(saliency)
+    has_map = saliency.shape[1] > 0
+    grid = resample(saliency, call.grid_size) if has_map else saliency
     normalize, norm = NORMALIZE[call.normalize], NORM[call.norm]
-    keep = select(grid, normalize, call.temperature, call.threshold, call.k)
-    mask = sample(keep, seed, call.quantiles, call.keep_prob, call.prob, call.augmentations)
+    if call.mask is None:
+        keep = select(grid, normalize, call.temperature, call.threshold, call.k)
+        mask = sample(keep, seed, call.quantiles, call.keep_prob, call.prob, call.augmentations)
+    else:
+        mask = gate(call.mask, seed, call.prob, call.augmentations)
     grafted = graft(images, mask, index, call.out)
     lam = label_ratio(grid, mask, index, norm)
     if targets is None:

@@ -98,6 +98,7 @@ class RowsMemory(NamedTuple):
     call_seed: Tensor
     step: Tensor | None
     quantiles: Tensor | None
+    given_mask: Tensor | None
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     targets: Tensor | None
     lam: Tensor

@@ -177,9 +177,14 @@ def draw_keep_prob(draw, seed, quantiles, options):
 
 
 @triton.jit
-def sample(keep, cell, valid, row, draw, seed, p, grafts):
+def sample(keep, cell, row, draw, seed, p):
+    """Stage 5: the salient cells that are kept."""
+    return keep & (philox.word(cell, row, draw, philox.SAMPLING, seed).to(tl.int64) < p)
+
+
+@triton.jit
+def gate(kept, valid, grafts):
     """Stage 5: M. A draw that does not graft has all True."""
-    kept = keep & (philox.word(cell, row, draw, philox.SAMPLING, seed).to(tl.int64) < p)
     return tl.where(grafts, kept, valid)
 
 

@@ -315,6 +315,7 @@ def _launch_2(
                 call_seed=call_seed,
                 step=call.step,
                 quantiles=call.quantiles,
+                given_mask=None if call.mask is None else call.mask.contiguous(),
                 index=outputs.index,
                 targets=None if targets is None else targets.contiguous(),
                 lam=outputs.lam,

@@ -257,12 +257,16 @@ def _across_planes(
 
 
 def given(map_cells: int, grid_cells: int, terms: int) -> Saliency:
-    """How launch 1 checks a ready map and resamples it to ``grid_cells``, of ``terms`` each."""
+    """How launch 1 checks a ready map and resamples it to ``grid_cells``, of ``terms`` each.
+
+    A map without cells, of a call that needs none, has no splits: neither launch reads it.
+    """
     parallel = next((count for count in GIVEN_TERMS if terms <= count), GIVEN_TERMS[-1])
     cells = min(GIVEN_CELLS, GIVEN_VALUES // parallel)
     wanted = max(cdiv(map_cells, GIVEN_VALUES), cdiv(grid_cells, cells))
     block = Block("given", 1, parallel, cells, 1, 1)
-    return Saliency(block, Sums(min(MAX_GIVEN_TILES, wanted), 0, 0, 0, 0, 0), 1)
+    splits = 1 if map_cells else 0
+    return Saliency(block, Sums(min(MAX_GIVEN_TILES, wanted), 0, 0, 0, 0, 0), splits)
 
 
 def map_too_large(map_size: tuple[int, int], grid_size: tuple[int, int]) -> bool:
@@ -419,7 +423,7 @@ def saliency_graft(
         )
         values = summed.splits * averaged
     maps = Maps(summed.splits, size, grid, windows)
-    gridded = ready and grid != size
+    gridded = ready and grid != size and summed.splits > 0
     held, threads, at_once = cells(grid_cells, values)
     copied = tile(
         rows,

@@ -51,8 +51,12 @@ def saliency_graft_kernel(
         memory.maps, maps, rows.batch, own, cell, valid, True, CELLS.terms, CELLS.unroll
     )
     p, grafts = cells.draw_keep_prob(draw, seed, memory.quantiles, options)
-    keep = cells.select(grid, cell, valid, grid_cells, options, STAGES, CELLS.cells)
-    kept = cells.sample(keep, cell, valid, own, draw, seed, p, grafts)
+    if memory.given_mask is None:
+        keep = cells.select(grid, cell, valid, grid_cells, options, STAGES, CELLS.cells)
+        kept = cells.sample(keep, cell, own, draw, seed, p)
+    else:
+        kept = tl.load(memory.given_mask + row * grid_cells + cell, mask=valid, other=0) != 0
+    kept = cells.gate(kept, valid, grafts)
 
     if GRAFTS and part >= 0:
         bits = cells.bits_of(kept)
