@@ -317,10 +317,10 @@ const std::int64_t* quantiles_of(const std::optional<Tensor>& quantiles, Scope& 
   return scope.dense<std::int64_t>(*quantiles);
 }
 
-// Fills what stage 1 reads: features or a ready map. Only the area of a given mask needs no map.
+// Fills what stage 1 reads: features or a ready map, which has cells if it is `needed`.
 void set_source(
     Call& call, const std::optional<Tensor>& features, const std::optional<Tensor>& saliency,
-    Scope& scope) {
+    bool needed, Scope& scope) {
   STD_TORCH_CHECK(
       features.has_value() != saliency.has_value(), "give one of features and saliency");
   call.ready = saliency.has_value();
@@ -334,7 +334,6 @@ void set_source(
     call.features_type = float_of(*features, "features");
     call.map = {call.features.height, call.features.width};
   }
-  const bool needed = call.mask == nullptr || call.norm != Norm::kArea;
   STD_TORCH_CHECK(
       (call.ready ? *saliency : *features).size(0) == call.images.batch &&
           (call.map.cells() > 0 || !needed),
@@ -394,7 +393,8 @@ Results saliency_graft(
         "mask must have a row per output, on the grid");
     call.mask = scope.dense<bool>(*mask);
   }
-  set_source(call, features, saliency, scope);
+  // The area of a given mask needs no map.
+  set_source(call, features, saliency, !mask || call.norm != Norm::kArea, scope);
   if (index) {
     check_index(*index, call.rows(), call.images.batch);
     call.index = scope.dense<std::int64_t>(*index);

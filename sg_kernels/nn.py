@@ -157,12 +157,14 @@ class SaliencyGraft(nn.Module):
         """Grafts ``images``, (B, C, H, W), and mixes ``targets``, (B,) ids or (B, num_classes).
 
         ``features`` or ``saliency``, as in :func:`sg_kernels.saliency_graft`, take precedence over
-        the tapped layer. So is ``mask``, which excludes the same options here; with
-        ``label="area"`` the call then needs no features. Where the coin of ``prob`` says no, a mask
-        grafts nothing either. Returns the mixed images and targets, float32 (rows, num_classes), or None
+        the tapped layer. Returns the mixed images and targets, float32 (rows, num_classes), or None
         without targets. In training mode the targets always have that form: in the warm-up and at
         ``prob=0`` they are unmixed, and the images are returned as they are. :attr:`result` keeps
         the rest.
+
+        ``mask``, too, is as in :func:`sg_kernels.saliency_graft`: with ``label="area"`` the call
+        needs no features. A draw in which the coin of ``prob`` says no does not graft, with a mask
+        as without, so its rows of ``result.mask`` are True.
 
         Raises:
             TypeError, ValueError: as :func:`sg_kernels.saliency_graft` does; also where the module

@@ -32,8 +32,8 @@ class Case(NamedTuple):
     """What varies; a line of the table."""
     name: str
     images: Tensor
-    evidence: dict[str, Tensor]
-    """Features or a ready map, by name."""
+    tensors: dict[str, Tensor]
+    """Features or a ready map, and a mask, by name."""
     options: dict[str, Any]
 
 
@@ -106,11 +106,16 @@ def cases() -> Iterator[Case]:
     yield Case("tokens", "(B, N, K)", plain, tokens, of_tokens)
     for option in OPTIONS:
         yield Case("options", str(option), plain, features, option)
+    for grid_size in ((1, 1), (4, 9), (SIDE, SIDE)):
+        mask = torch.rand(BATCH, *grid_size) < 0.5
+        yield Case("mask", str(grid_size), plain, {**features, "mask": mask}, {})
+        yield Case("mask", f"{grid_size}, area", plain, {"mask": mask}, {"label": "area"})
 
 
-def unsure_cells(grid: Tensor, options: Options) -> Tensor:
+def unsure_cells(grid: Tensor, case: Case) -> Tensor:
     """The cells that float32 may put on either side of the threshold."""
-    if options.k is not None:
+    options = Options(**case.options)
+    if options.k is not None or "mask" in case.tensors:
         return torch.zeros_like(grid, dtype=torch.bool)
     flat = grid.double().flatten(1)
     scale = reference.normalize_scale(flat.view_as(grid), options.normalize)
@@ -123,22 +128,23 @@ def unsure_cells(grid: Tensor, options: Options) -> Tensor:
 def differences(case: Case, device: str, backend: str, seed: int) -> list[str]:
     """How a backend's results differ from the reference's; empty where they agree."""
     images = case.images.to(device)
-    evidence = {name: value.to(device) for name, value in case.evidence.items()}
+    tensors = {name: value.to(device) for name, value in case.tensors.items()}
     ids = torch.arange(BATCH, device=device) % CLASSES
-    given: dict[str, Any] = {"targets": ids, "num_classes": CLASSES, **evidence, **case.options}
+    given: dict[str, Any] = {"targets": ids, "num_classes": CLASSES, **tensors, **case.options}
     results = [
         functional.saliency_graft(images, **given, seed=seed, backend=name)
         for name in (backend, "reference")
     ]
     (found, expected), options = results, Options(**case.options)
-    grid = reference.resample(expected.saliency, (expected.mask.shape[1], expected.mask.shape[2]))
-    unsure = unsure_cells(grid, options).repeat(options.augmentations, 1, 1)
+    saliency, expected_saliency = _map_of(found), _map_of(expected)
+    grid = reference.resample(expected_saliency, (expected.mask.shape[1], expected.mask.shape[2]))
+    unsure = unsure_cells(grid, case).repeat(options.augmentations, 1, 1)
     copied = reference.graft(images, found.mask, found.index)
     lam = reference.label_ratio(grid, found.mask, found.index, NORM[options.norm_position()])
     targets = reference.mix_targets(ids, lam, found.index, CLASSES, options.label_smoothing)
     agrees = {
         "index": torch.equal(found.index, expected.index),
-        "saliency": torch.allclose(found.saliency, expected.saliency, rtol=CLOSE),
+        "saliency": torch.allclose(saliency, expected_saliency, rtol=CLOSE),
         "mask": not ((found.mask != expected.mask) & ~unsure).any(),
         "images": torch.equal(_bytes(found.images), _bytes(copied)),
         "lam": torch.allclose(found.lam, lam, rtol=CLOSE, atol=CLOSE),
@@ -162,6 +168,13 @@ def _same_gradient(images: Tensor, mask: Tensor, index: Tensor, backend: str) ->
 
 def _bytes(images: Tensor) -> Tensor:
     return images.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def _map_of(result: functional.GraftResult) -> Tensor:
+    """The saliency of a call; ones where it needed none."""
+    if result.saliency is None:
+        return torch.ones(BATCH, 1, 1, device=result.lam.device)
+    return result.saliency
 
 
 def _values(targets: Tensor | None) -> Tensor:

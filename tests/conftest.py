@@ -173,6 +173,10 @@ def random_bits(shape, dtype, seed=0):
     return raw.flatten(-2).view(dtype)
 
 
+def random_mask(rows, gh, gw, seed=0):
+    return torch.rand(rows, gh, gw, generator=torch.Generator().manual_seed(seed)) > 0.5
+
+
 def assert_same_bits(actual, expected):
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
@@ -208,6 +212,7 @@ def assert_fulfils_contract(
     label="saliency",
     norm="l1",
     augmentations=1,
+    mask=None,
     index=None,
     no_fixed_points=False,
     targets=None,
@@ -217,17 +222,27 @@ def assert_fulfils_contract(
 ):
     """Every output of a call against the truth, stage by stage."""
     batch = len(images)
-    saliency = truth.channel_saliency(features) if saliency is None else saliency.double().numpy()
-    np.testing.assert_allclose(result.saliency, saliency, rtol=1e-5, equal_nan=True)
+    if features is None and saliency is None:
+        assert result.saliency is None
+        saliency = np.ones((batch, 1, 1))
+    else:
+        ready = saliency is not None
+        saliency = saliency.double().numpy() if ready else truth.channel_saliency(features)
+        np.testing.assert_allclose(result.saliency, saliency, rtol=1e-5, equal_nan=True)
 
     if index is None:
         index = [truth.pairing(seed, batch, a, no_fixed_points) for a in range(augmentations)]
     assert result.index.tolist() == np.ravel(index).tolist()
 
-    grid = truth.resample(saliency, grid_size or saliency.shape[1:])
-    keep, unsure = truth.select(grid, normalize, temperature, threshold, k)
-    mask = truth.sample(keep, seed, alpha, keep_prob, prob, augmentations, sampled=k is None)
-    assert_masks_agree(result.mask, mask, unsure)
+    if mask is None:
+        grid = truth.resample(saliency, grid_size or saliency.shape[1:])
+        keep, unsure = truth.select(grid, normalize, temperature, threshold, k)
+        mask = truth.sample(keep, seed, alpha, keep_prob, prob, augmentations, sampled=k is None)
+        assert_masks_agree(result.mask, mask, unsure)
+    else:
+        grid = truth.resample(saliency, mask.shape[1:])
+        mask = truth.gate(mask.numpy(), seed, prob, augmentations)
+        assert result.mask.tolist() == mask.tolist()
 
     assert_same_bits(result.images, truth.graft(images, result.mask, result.index))
 

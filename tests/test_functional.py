@@ -10,6 +10,7 @@ from conftest import (
     assert_masks_agree,
     assert_same_bits,
     in_layout,
+    random_mask,
 )
 
 from sg_kernels import graft, mix_targets, saliency_graft
@@ -55,6 +56,22 @@ OPTIONS = {
     "no_fixed_points, augmentations": {"no_fixed_points": True, "augmentations": 3},
     "index": {"index": torch.tensor([3, 3, 0, 1])},
     "index, augmentations": {"index": torch.tensor([3, 3, 0, 1, 0, 0, 0, 0]), "augmentations": 2},
+    "mask": {"mask": random_mask(4, 5, 6)},
+    "mask that shrinks and grows the map": {"mask": random_mask(4, 3, 11), "norm": "l2"},
+    "mask of one cell": {"mask": random_mask(4, 1, 1)},
+    "mask as fine as the image": {"mask": random_mask(4, 13, 12), "norm": "l2sq"},
+    "mask, area": {"mask": random_mask(4, 5, 3), "label": "area"},
+    "mask, no_fixed_points": {"mask": random_mask(4, 2, 2), "no_fixed_points": True},
+    "mask, index, augmentations": {
+        "mask": random_mask(8, 4, 4),
+        "index": torch.tensor([3, 3, 0, 1, 0, 0, 0, 0]),
+        "augmentations": 2,
+    },
+    "mask, class ids": {
+        "mask": random_mask(4, 4, 4),
+        "targets": torch.tensor([3, 0, 6, 3]),
+        "num_classes": 7,
+    },
     "class ids": {"targets": torch.tensor([3, 0, 6, 3]), "num_classes": 7},
     "class ids, smoothing": {
         "targets": torch.tensor([3, 0, 6, 3]),
@@ -92,11 +109,12 @@ def test_every_option_is_as_the_truth(backend, options, poisoned):
 @ONE_CELL
 def test_every_option_agrees_with_the_reference(backend, options):
     images, features = batch_of(h=7, w=7)
-    options = {**options, "grid_size": options.get("grid_size", (7, 7))}
+    if "mask" not in options:
+        options = {**options, "grid_size": options.get("grid_size", (7, 7))}
     result = saliency_graft(images, features, seed=5, backend=backend, **options)
     expected = saliency_graft(images, features, seed=5, backend="reference", **options)
     keys = ("normalize", "temperature", "threshold", "k")
-    grid = truth.resample(truth.channel_saliency(features), options["grid_size"])
+    grid = truth.resample(truth.channel_saliency(features), expected.mask.shape[1:])
     _, unsure = truth.select(grid, **{key: options[key] for key in keys if key in options})
     assert torch.equal(result.index, expected.index)
     assert_masks_agree(result.mask, expected.mask, unsure)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import truth
-from conftest import LAYOUTS, assert_same_bits, in_layout, random_bits
+from conftest import LAYOUTS, assert_same_bits, in_layout, random_bits, random_mask
 
 from sg_kernels import graft, ops
 
@@ -26,10 +26,6 @@ DTYPES = [
     torch.complex64,
     torch.complex128,
 ]
-
-
-def random_mask(rows, gh, gw, seed=0):
-    return torch.rand(rows, gh, gw, generator=torch.Generator().manual_seed(seed)) > 0.5
 
 
 def random_index(rows, batch, seed=0):

@@ -112,6 +112,14 @@ def sample(keep, seed, alpha=1.0, keep_prob=None, prob=1.0, augmentations=1, sam
     return mask.reshape(-1, gh, gw)
 
 
+def gate(mask, seed, prob=1.0, augmentations=1):
+    """A given mask; all True in the draws that do not graft."""
+    by_draw = mask.reshape(augmentations, -1).copy()
+    for a in range(augmentations):
+        by_draw[a] |= word(seed, KEEP_PROB, 1, draw=a) >= int(prob * 2**32)
+    return by_draw.reshape(mask.shape)
+
+
 def bits(tensor):
     """The bytes of every element, (..., itemsize)."""
     # clone, as contiguous() leaves the strides of an empty tensor as they are
@@ -133,8 +141,9 @@ def graft(images, mask, index):
     return torch.from_numpy(out).flatten(3).view(images.dtype)
 
 
-def label_ratio(saliency, mask, index, norm="l1"):
-    power, root = {"l1": (1, 1), "l2": (2, 2), "l2sq": (2, 1), "area": (1, 1)}[norm]
+def shares(saliency, mask, index, norm="l1"):
+    """I(S_i, M) and I(S_j, 1 - M) of every row."""
+    power, root = {"l1": (1, 1), "l2": (2, 2), "l2sq": (2, 1)}[norm]
 
     def importance(values, cells):
         norms = [
@@ -143,15 +152,21 @@ def label_ratio(saliency, mask, index, norm="l1"):
         ]
         return norms[0] / norms[1]
 
-    batch, rows = len(saliency), len(mask)
-    lam = np.empty(rows)
-    for r in range(rows):
-        with np.errstate(all="ignore"):
-            own = importance(saliency[r % batch], mask[r])
-            other = importance(saliency[index[r]], ~mask[r])
-            ratio = own / (own + other)
-        lam[r] = ratio if np.isfinite(ratio) and norm != "area" else mask[r].mean()
-    return lam
+    batch = len(saliency)
+    with np.errstate(all="ignore"):
+        own = [importance(saliency[r % batch], cells) for r, cells in enumerate(mask)]
+        other = [importance(saliency[index[r]], ~cells) for r, cells in enumerate(mask)]
+    return np.array(own), np.array(other)
+
+
+def label_ratio(saliency, mask, index, norm="l1"):
+    area = mask.mean((1, 2))
+    if norm == "area":
+        return area
+    own, other = shares(saliency, mask, index, norm)
+    with np.errstate(all="ignore"):
+        ratio = own / (own + other)
+    return np.where(np.isfinite(ratio), ratio, area)
 
 
 def mix_targets(targets, lam, index, num_classes, label_smoothing=0.0):
