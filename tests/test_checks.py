@@ -160,6 +160,32 @@ def tensors():
         ]
         + [{"saliency": saliency}],
     )
+    mask = torch.rand(4, 8, 8) < 0.5
+    yield (
+        "mask",
+        [
+            {"mask": value}
+            for value in (
+                mask.numpy(),
+                mask.float(),
+                mask.to(torch.uint8),
+                mask[0],
+                mask[:, None],
+                mask[:3],
+                mask.repeat(2, 1, 1),
+                mask[:, :0],
+                mask.repeat(1, 3, 1),
+                mask.repeat(1, 1, 3),
+                mask.to_sparse(),
+                mask.to(**meta),
+            )
+        ]
+        + [
+            {"mask": mask, "augmentations": 2},
+            {"mask": mask, "alpha": 0.5},
+            {"mask": mask.float(), "features": None, "label": "area"},
+        ],
+    )
     index = torch.tensor([1, 0, 3, 2])
     yield (
         "index",
@@ -267,6 +293,7 @@ def tensors():
             {"out": images, "images": images},
             {"out": twice[2:6], "images": twice[:4]},
             {"out": out, "targets": rows},
+            {"out": out, "mask": rows.view(torch.bool)[:, :64].view(4, 8, 8)},
             {"out": out, "features": rows[:, 3:99].view(4, 6, 4, 4)},
             {"out": out, "features": None, "saliency": rows[:, 99:115].view(4, 4, 4)},
         ],
@@ -343,6 +370,8 @@ def test_the_module_refuses_a_layer(layer):
         ("features", {"features": None}),
         ("saliency", {"features": None, "saliency": -torch.ones(4, 4, 4)}),
         ("saliency", {"saliency": torch.ones(4, 4, 4)}),
+        ("mask", {"mask": torch.ones(4, 4, 4)}),
+        ("mask", {"mask": torch.ones(3, 4, 4) > 0}),
         ("targets", {"targets": torch.tensor([0, 1, 2, 5])}),
         ("targets", {"targets": torch.zeros(3, 5)}),
         ("num_classes", {"targets": torch.zeros(4, 6)}),

@@ -51,6 +51,7 @@ def saliency_graft(batch, grid_size=None, map_size=(4, 4), channels=6, **options
         {"batch": 8, "k": 3, "selection": "topk"},
         {"batch": 8, "grid_size": (2, 3)},
         {"batch": 1, "grid_size": (2, 2), "map_size": (8, 8), "channels": 4096},
+        {"batch": 8, "mask": torch.rand(8, 3, 3) < 0.5},
     ],
 )
 def test_a_small_batch_takes_one_launch(options):
@@ -68,10 +69,20 @@ def test_a_small_batch_takes_one_launch(options):
         {"batch": 16, "targets": torch.arange(16), "num_classes": 16},
         {"batch": 16, "grid_size": (16, 16)},
         {"batch": 16, "grid_size": (4, 4), "map_size": (64, 64)},
+        {"batch": 16, "mask": torch.rand(16, 16, 16) < 0.5},
+        {"batch": 16, "ready": True, "mask": torch.rand(16, 3, 3) < 0.5},
     ],
 )
 def test_a_larger_batch_takes_two_launches(options):
     assert launches(lambda: saliency_graft(**options)) == 2
+
+
+@emulated
+@pytest.mark.parametrize(("batch", "expected"), [(8, 1), (16, 2)])
+def test_a_mask_without_a_map_takes_no_more_launches(batch, expected):
+    images, mask = torch.rand(batch, 3, 16, 16), torch.rand(batch, 5, 5) < 0.5
+    options = {"label": "area", "seed": 1, "backend": "cuda"}
+    assert launches(lambda: sg_kernels.saliency_graft(images, mask=mask, **options)) == expected
 
 
 @emulated

@@ -271,14 +271,14 @@ def expected_launch_1(observed, call, planned, outputs):
     source = call.saliency if ready else call.features
     drawing = call.augmentations * -(-batch // SAMPLES.value)
     on_host = isinstance(call.seed, OnHost)
-    resampled = ready and tuple(source.shape[1:]) != call.grid_size
-    assert memory.partials.numel() == splits * outputs.saliency.numel()
+    resampled = ready and splits > 0 and tuple(source.shape[1:]) != call.grid_size
+    assert memory.partials.numel() == splits * outputs.saliency.numel()  # both 0 without a map
     assert memory.call_seed.dtype == torch.int64
     given = numbers("sums", sums) if ready else sums_of(planned.saliency, source)
     given |= numbers("maps", planned.maps) | sizes(source.shape[-2:], call.grid_size)
     given |= {
         "memory.source": source,
-        "memory.partials": outputs.saliency if splits == 1 else memory.partials,
+        "memory.partials": outputs.saliency if splits <= 1 else memory.partials,
         "memory.grid": memory.grid if resampled else None,
         "memory.index": outputs.index,
         "memory.given_index": call.index,
@@ -305,10 +305,11 @@ def expected_launch_2(observed, call, planned, outputs, out):
         "memory.images": call.images,
         "memory.out": out,
         "memory.maps": first.partials if first.grid is None else first.grid,
-        "memory.saliency": None if splits == 1 else outputs.saliency,
+        "memory.saliency": None if splits <= 1 else outputs.saliency,
         "memory.call_seed": first.call_seed,
         "memory.step": call.step,
         "memory.quantiles": call.quantiles,
+        "memory.given_mask": call.mask,
         "memory.index": outputs.index,
         "memory.targets": call.targets,
         "memory.lam": outputs.lam,
@@ -374,6 +375,20 @@ VARIANTS = {
     "ready map": (
         {"saliency": torch.rand(2, 6, 5), "norm": NORM.index("area")},
         {"saliency": torch.rand(2, 9, 7)},
+    ),
+    "mask": (
+        {"mask": torch.rand(2, 3, 4) < 0.5, "grid_size": (3, 4)},
+        {"mask": torch.rand(2, 3, 4) < 0.5, "prob": 0.5},
+    ),
+    "mask without a map": (
+        {
+            "mask": torch.rand(4, 3, 4) < 0.5,
+            "grid_size": (3, 4),
+            "augmentations": 2,
+            "saliency": torch.empty(2, 0, 0),
+            "norm": NORM.index("area"),
+        },
+        {"index": None, "seed": torch.tensor([3])},
     ),
     "k": ({"k": 5}, {"k": 16}),
     "augmentations and out": (

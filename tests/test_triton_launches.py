@@ -62,6 +62,7 @@ def saliency_graft(images, **given):
     return operators.saliency_graft(*Call(**arguments | given))
 
 
+NO_MAP = {"features": None, "saliency": meta(8, 0, 0), "norm": NORM.index("area")}
 OPTIONS = [
     {},
     {"grid_size": (4, 5)},
@@ -84,6 +85,9 @@ OPTIONS = [
     {"features": meta(8, 64, 9, 9)[:, :, 1:-1, 2:]},
     {"step": None},
     {"out": meta(8, 3, 64, 64)},
+    {"mask": meta(8, 7, 7, dtype=torch.bool)},
+    {"mask": meta(24, 14, 5, dtype=torch.bool), "grid_size": (14, 5), "augmentations": 3},
+    {"mask": meta(8, 9, 9, dtype=torch.bool), "grid_size": (9, 9), **NO_MAP},
 ]
 
 
@@ -92,6 +96,13 @@ OPTIONS = [
 def test_every_option_takes_two_launches_and_reads_nothing_on_the_host(launched, given, batch):
     saliency_graft(meta(batch, 3, 64, 64), **given)
     assert len(launched) == 2
+
+
+def test_without_a_map_launch_1_only_draws_the_pairing(launched):
+    given = {"mask": meta(8, 2, 2, dtype=torch.bool), "grid_size": (2, 2)}
+    saliency_graft(meta(8, 3, 64, 64), **given, **NO_MAP)
+    (_, programs, *_), _ = launched
+    assert programs == 1
 
 
 @pytest.mark.parametrize(
