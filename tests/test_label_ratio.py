@@ -163,5 +163,3 @@ def test_label_ratio_refuses(name, change):
     arguments = {"saliency": SALIENCY, "mask": MASK, "index": INDEX}
     with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
         label_ratio(**arguments | change)
-
-
