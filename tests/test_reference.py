@@ -125,9 +125,10 @@ def test_top_k_breaks_ties_by_the_lowest_cell():
 @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("keep_prob", [None, 0.0, 0.3, 1.0])
 def test_sample_compares_words_with_the_threshold_of_p(prob, keep_prob):
-    keep = random_map(3, 4, 5) > 0.3
+    keep, seed = random_map(3, 4, 5) > 0.3, torch.tensor([11])
     quantiles = rng.beta_quantiles(1.0) if keep_prob is None else None
-    mask = reference.sample(keep, torch.tensor([11]), quantiles, keep_prob or 0.0, prob, 4)
+    p, grafts = reference.draw_keep_prob(seed, quantiles, keep_prob or 0.0, prob, 4)
+    mask = reference.gate(reference.sample(keep, seed, p), grafts)
     expected = truth.sample(
         keep.numpy(), 11, alpha=1.0, keep_prob=keep_prob, prob=prob, augmentations=4
     )
@@ -135,8 +136,8 @@ def test_sample_compares_words_with_the_threshold_of_p(prob, keep_prob):
 
 
 def test_prob_0_leaves_every_draw_as_it_is():
-    keep = torch.zeros(2, 3, 3, dtype=torch.bool)
-    assert reference.sample(keep, torch.tensor([1]), None, 1.0, 0.0, 3).all()
+    _, grafts = reference.draw_keep_prob(torch.tensor([1]), None, 1.0, 0.0, 3)
+    assert reference.gate(torch.zeros(6, 3, 3, dtype=torch.bool), grafts).all()
 
 
 @pytest.mark.parametrize("augmentations", [1, 3])

@@ -80,34 +80,32 @@ def select(
     return (keep & flat.isfinite().all(1, keepdim=True)).view_as(saliency)
 
 
-def sample(
-    keep: Tensor,
-    seed: Tensor,
-    quantiles: Tensor | None,
-    keep_prob: float,
-    prob: float,
-    augmentations: int,
-) -> Tensor:
-    """Stage 5: M = keep and Bernoulli(p), with one p per draw: bool (rows, gh, gw).
+def draw_keep_prob(
+    seed: Tensor, quantiles: Tensor | None, keep_prob: float, prob: float, draws: int
+) -> tuple[Tensor, Tensor]:
+    """Stage 5, what the rows of a draw share: (draws, 1) each.
 
-    p is drawn from ``quantiles``; without them it is ``keep_prob``. ``prob``: see :func:`gate`.
+    p as a threshold of words, drawn from ``quantiles``, or without them ``keep_prob``; and whether
+    the draw grafts at all, which it does with probability ``prob``.
     """
-    batch, gh, gw = keep.shape
-    p_word = rng.words(seed, rng.Stream.KEEP_PROB, 1, draws=augmentations)[..., 0]
+    p_word, gate_word = rng.words(seed, rng.Stream.KEEP_PROB, 2, draws=draws).unbind(-1)
     if quantiles is None:
         p = torch.full_like(p_word, int(keep_prob * rng.ONE))
     else:
         p = rng.keep_threshold(p_word, quantiles)
-    word = rng.words(seed, rng.Stream.SAMPLING, gh * gw, batch, augmentations)
-    mask = keep.flatten(1) & (word < p[..., None])
-    return gate(mask.reshape(-1, gh, gw), seed, prob, augmentations)
+    return p, gate_word < int(prob * rng.ONE)
 
 
-def gate(mask: Tensor, seed: Tensor, prob: float, augmentations: int) -> Tensor:
-    """With probability 1 - ``prob`` a draw grafts nothing: M is all True, its rows the sources."""
-    word = rng.words(seed, rng.Stream.KEEP_PROB, 2, draws=augmentations)[..., 1]
-    by_draw = mask.reshape(augmentations, -1) | (word >= int(prob * rng.ONE))
-    return by_draw.view(mask.shape)
+def sample(keep: Tensor, seed: Tensor, p: Tensor) -> Tensor:
+    """Stage 5: keep and Bernoulli(p), with one p per draw: bool (rows, gh, gw)."""
+    batch, gh, gw = keep.shape
+    word = rng.words(seed, rng.Stream.SAMPLING, gh * gw, batch, len(p))
+    return (keep.flatten(1) & (word < p[..., None])).reshape(-1, gh, gw)
+
+
+def gate(mask: Tensor, grafts: Tensor) -> Tensor:
+    """Stage 5: M; all True in a draw that does not graft, whose rows are the source images."""
+    return (mask.reshape(len(grafts), -1) | ~grafts).view(mask.shape)
 
 
 def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
@@ -241,12 +239,12 @@ def saliency_graft(call: Call) -> Outputs:
     """The whole method."""
     images, targets = call.images, call.targets
     seed, index, saliency = call.seed.to(images.device), call.index, call.saliency
+    draws = call.augmentations
     if call.step is not None:
         seed = rng.call_seed(seed, call.step, call.rank)
         call.step.add_(1)
     if index is None:
-        batch, draws = images.shape[0], call.augmentations
-        index = rng.pairing(seed, batch, draws, call.no_fixed_points).flatten()
+        index = rng.pairing(seed, images.shape[0], draws, call.no_fixed_points).flatten()
     else:
         index = index.clone()  # no output of an operator may be one of its inputs
     if saliency is None:
@@ -260,11 +258,12 @@ def saliency_graft(call: Call) -> Outputs:
     has_map = saliency.shape[1] > 0
     grid = resample(saliency, call.grid_size) if has_map else saliency
     normalize, norm = NORMALIZE[call.normalize], NORM[call.norm]
-    if call.mask is None:
+    p, grafts = draw_keep_prob(seed, call.quantiles, call.keep_prob, call.prob, draws)
+    mask = call.mask
+    if mask is None:
         keep = select(grid, normalize, call.temperature, call.threshold, call.k)
-        mask = sample(keep, seed, call.quantiles, call.keep_prob, call.prob, call.augmentations)
-    else:
-        mask = gate(call.mask, seed, call.prob, call.augmentations)
+        mask = sample(keep, seed, p)
+    mask = gate(mask, grafts)
     grafted = graft(images, mask, index, call.out)
     lam = label_ratio(grid, mask, index, norm)
     if targets is None:
