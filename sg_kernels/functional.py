@@ -41,7 +41,7 @@ class GraftResult(NamedTuple):
     mask: Tensor
     """True in the cells whose pixels are the row's own, bool (rows, gh, gw)."""
     saliency: Tensor | None
-    """The saliency map, float32 (B, h, w); None where a ``mask`` needed none."""
+    """The saliency map, float32 (B, h, w); None where a given mask needed none."""
     targets: Tensor | None
     """lam * y_i + (1 - lam) * y_j, float32 (rows, num_classes); None without targets."""
 
@@ -427,7 +427,7 @@ def _check_evidence(options: Options, tensors: Tensors, batch: int) -> tuple[str
             raise ValueError(
                 "give one of features and saliency, from which lam follows, or label='area'"
             )
-        return "saliency", torch.empty(batch, 0, 0, device=images.device)
+        return "saliency", torch.empty(batch, 0, 0, dtype=torch.float32, device=images.device)
     if (features is None) == (saliency is None):
         given = "both" if saliency is not None else "neither"
         raise ValueError(f"give one of features and saliency; got {given}")

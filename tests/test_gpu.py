@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sg_kernels
-from sg_kernels import SaliencyGraft, backends, ops, saliency_graft
+from sg_kernels import SaliencyGraft, backends, label_ratio, ops, saliency_graft
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
@@ -124,6 +124,8 @@ def test_no_call_waits_for_the_device(backend, augmentations):
     images, features, targets = batch_of()
     images.requires_grad_()
     index = torch.randperm(16, device=DEVICE).repeat(augmentations)
+    mask = torch.rand(16 * augmentations, 5, 5, device=DEVICE) < 0.5
+    saliency = sg_kernels.channel_saliency(features)
     options = {"targets": targets, "num_classes": 10, "augmentations": augmentations}
     module = SaliencyGraft(num_classes=10, augmentations=augmentations, backend=backend).to(DEVICE)
 
@@ -132,7 +134,11 @@ def test_no_call_waits_for_the_device(backend, augmentations):
             result = saliency_graft(images, features, seed=seed, backend=backend, **options)
             result.images.sum().backward()
         saliency_graft(images, features, index=index, backend=backend, **options)
+        saliency_graft(
+            images, features, mask=mask, seed=seed_on_device(5), backend=backend, **options
+        )
         module(images, targets, features=features)[0].sum().backward()
+        label_ratio(saliency, mask, index)
 
     calls()  # what is compiled, and the tables that are copied to the device once
     seeds = seed_on_device(5)
@@ -142,7 +148,9 @@ def test_no_call_waits_for_the_device(backend, augmentations):
         result = saliency_graft(images, features, seed=seeds, backend=backend, **options)
         result.images.sum().backward()
         saliency_graft(images, features, index=index, backend=backend, **options)
+        saliency_graft(images, features, mask=mask, seed=seeds, backend=backend, **options)
         module(images, targets, features=features)[0].sum().backward()
+        label_ratio(saliency, mask, index)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -160,9 +168,14 @@ def launches(call):
 
 @on_cuda
 @pytest.mark.parametrize("batch", [16, 512])
-def test_a_call_takes_two_launches_and_its_gradient_one(backend, batch):
+@pytest.mark.parametrize("given", ["features", "mask", "mask alone"])
+def test_a_call_takes_two_launches_and_its_gradient_one(backend, batch, given):
     images, features, targets = batch_of(batch, size=64)
     options = {"targets": targets, "num_classes": 10, "seed": seed_on_device(1)}
+    if given != "features":
+        options["mask"] = torch.rand(batch, 8, 8, device=DEVICE) < 0.5
+    if given == "mask alone":
+        features, options["label"] = None, "area"
     forward = launches(lambda: saliency_graft(images, features, backend=backend, **options))
     assert len(forward) == 2 or (backend == "cuda" and len(forward) == 1), forward
     result = saliency_graft(images, features, backend=backend, **options)
@@ -446,6 +459,8 @@ SMALL = {
     "large windows": {"features": (5, 8, 40, 40), "grid_size": (3, 3)},
     "fine grid": {"features": (5, 8, 40, 40)},
     "map given": {"saliency": (5, 7, 7)},
+    "mask": {"features": (5, 96, 7, 7), "mask": torch.rand(5, 3, 9) < 0.5},
+    "fine mask": {"features": (5, 8, 7, 7), "mask": torch.rand(5, 42, 45) < 0.5},
     "large windows of a map": {"saliency": (5, 40, 40), "grid_size": (3, 3)},
 }
 

@@ -73,6 +73,18 @@ def test_a_grid_of_more_cells_than_one_launch_works_out(backend, label):
     assert_fulfils_contract(result, images, 6, **options)
 
 
+def test_the_default_dtype_of_torch_changes_nothing(backend):
+    images, mask = torch.rand(4, 3, 8, 8), random_mask(4, 4, 4)
+    options = {"mask": mask, "label": "area", "seed": 1, "backend": backend}
+    expected = saliency_graft(images, **options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = saliency_graft(images, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_bits(result.lam, expected.lam)
+
+
 @pytest.mark.parametrize("kind", ["sliced", "transposed", "expanded"])
 def test_a_strided_mask(backend, kind):
     images, features = batch_of()
