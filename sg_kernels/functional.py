@@ -425,7 +425,8 @@ def _check_evidence(options: Options, tensors: Tensors, batch: int) -> tuple[str
     if features is None and saliency is None and mask is not None:
         if options.label != "area":
             raise ValueError(
-                "give one of features and saliency, from which lam follows, or label='area'"
+                "give one of features and saliency, from which lam follows, or label='area'; "
+                "got neither"
             )
         return "saliency", torch.empty(batch, 0, 0, dtype=torch.float32, device=images.device)
     if (features is None) == (saliency is None):

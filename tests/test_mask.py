@@ -373,6 +373,18 @@ class TestModule:
             grafted.add(bool(given.mask.all()))
         assert grafted == {True, False}
 
+    @pytest.mark.operators
+    def test_compiled_is_eager(self, backend):
+        torch.compiler.reset()
+        images, features, mask = *batch_of(), random_mask(4, 3, 4)
+        mixers = [SaliencyGraft(num_classes=5, seed=1, backend=backend) for _ in range(2)]
+        compiled = torch.compile(mixers[0], fullgraph=True, backend="aot_eager")
+        for mixer in (compiled, mixers[1]):
+            for _ in range(2):
+                mixer(images, torch.arange(4), features=features, mask=mask)
+        for one, other in zip(mixers[0].result, mixers[1].result, strict=True):
+            assert_same_bits(one, other)
+
     def test_it_excludes_the_options_of_the_module(self):
         images, features = batch_of()
         mixer = SaliencyGraft(alpha=0.5)

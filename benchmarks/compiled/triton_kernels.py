@@ -167,6 +167,8 @@ def other_kernels() -> Iterator[Launch]:
     yield Launch("saliency strided", *recorded, size(strided), False)
     recorded = saliency_graft(images, features=features, k=9)[1]
     yield Launch("graft topk", *recorded, 2 * size(images), True)
+    recorded = saliency_graft(images, features=features, mask=mask)[1]
+    yield Launch("graft given mask", *recorded, 2 * size(images), True)
     recorded = saliency_graft(images, overlaps=False, features=features)[1]
     yield Launch("graft, no overlap", *recorded, 2 * size(images), True)
     for name, tensor in (("graft odd sizes", odd), ("graft strided", sliced)):
