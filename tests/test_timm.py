@@ -1,4 +1,5 @@
 """sg_kernels.timm.Mixup: grafts as SaliencyGraft, and mixes the other batches as timm."""
+
 import subprocess
 import sys
 
