@@ -177,8 +177,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         start, *states = torch.load(checkpoint, map_location=device)
         for part, state in zip(parts, states):
             part.load_state_dict(state)
-    # The paper's recipe makes two passes a step: DDP may not write to buffers between them.
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    wrapped = DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(wrapped) if args.compile else wrapped
     for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
         torch.manual_seed(args.seed + 1000 * epoch + rank)

@@ -219,12 +219,13 @@ def train_rank(rank, store):
 def train_with_others(rank, kind, shared_stream):
     torch.manual_seed(0)
     net = Model(noise=False)
+    net.body[1].momentum = 0.0  # as DDP gives all ranks the statistics of the first
     if kind == "fsdp":
         mesh = torch.distributed.init_device_mesh("cpu", (2,))
         fully_shard(net.body, mesh=mesh)
         network, layer = fully_shard(net, mesh=mesh), "body"
     else:
-        network, layer = DistributedDataParallel(net, broadcast_buffers=False), "module.body"
+        network, layer = DistributedDataParallel(net), "module.body"
     module = SaliencyGraft(
         layer, network=network, num_classes=5, prob=0.5, seed=2, rank=0 if shared_stream else None
     )
@@ -248,6 +249,7 @@ def train_alone(shared_stream):
     for rank in range(2):
         torch.manual_seed(0)
         nets.append(Model(noise=False))
+        nets[-1].body[1].momentum = 0.0
         stream = 0 if shared_stream else rank
         modules.append(SaliencyGraft(num_classes=5, prob=0.5, seed=2, rank=stream))
         optimizers.append(torch.optim.SGD(nets[-1].parameters(), 0.1))

@@ -94,14 +94,22 @@ def test_a_resumed_run_ends_with_the_weights_of_a_whole_one(recipe, options, fol
     assert run(arguments(folder, tmp_path / "whole", "--recipe", recipe)) == ""
 
 
-# One start of the processes for all runs; the stub is that of benchmarks.rivals.
+# One start of two processes for all runs, and one group, as torchrun's store serves no second.
 UNDER_TORCHRUN = """
 import json, sys
+import torch.distributed as dist
 from benchmarks.rivals import import_library
 import_library("torchvision")
 from examples.train import main
+
+end = dist.destroy_process_group
+dist.init_process_group("gloo")
+dist.init_process_group = lambda backend: None
+dist.destroy_process_group = lambda: None
 for sys.argv in json.loads(sys.argv[1]):
     main()
+    dist.barrier()  # the next run reads the checkpoint that the first process writes
+end()
 """
 
 
@@ -111,12 +119,14 @@ def test_two_processes_of_torchrun_resume_too(folder, tmp_path):
     recipes = ("half", "paper")
     commands = [c for r in recipes for c in runs(folder, tmp_path / r, "--recipe", r)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    subprocess.run(
+    process = subprocess.Popen(
         [*torchrun, "--standalone", str(script), json.dumps(commands)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
     )
+    try:
+        assert process.wait(timeout=300) == 0
+    finally:
+        process.terminate()  # it then ends its own
     for recipe in recipes:
         assert_same_checkpoints(tmp_path / recipe / "whole", tmp_path / recipe / "parts")
         assert int(checkpoint(tmp_path / recipe / "whole")["step"]) == 2 * 24 // (4 * 2)
