@@ -23,7 +23,7 @@ from sg_kernels.options import (
     lists_options,
     options_of,
 )
-from sg_kernels.tap import Tap
+from sg_kernels.tap import Tap, recomputes
 
 MAX_RANK = 2**31 - 1
 """Of the streams, which the kernels count in 32 bits."""
@@ -348,7 +348,7 @@ class SaliencyGraft(nn.Module):
                     "would all draw the same; call saliency_graft there, which draws from torch's "
                     "generator"
                 )
-            if torch._C._current_graph_task_id() != -1:
+            if recomputes():
                 raise RuntimeError(
                     "SaliencyGraft was called during a backward pass, as activation checkpointing "
                     "does to recompute: it would draw anew. Call it outside of the checkpointed "

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from training import batch_of
 
 from sg_kernels import SaliencyGraft, channel_saliency, rng, saliency_graft
@@ -137,6 +138,20 @@ def test_gradients_accumulate_over_calls():
         loss.backward()
     for parameter, gradient in zip(net.parameters(), total, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_activation_checkpointing_recomputes_is_no_clean_pass(reentrant, recwarn):
+    net = Model(noise=False)
+    module = SaliencyGraft("body", network=net, num_classes=5, seed=3)
+    for step in range(3):
+        images, ids, _ = batch_of(seed=step)
+        features = features_of(net, images)
+        mixed, targets = module(images, ids)
+        torch.testing.assert_close(module.result.saliency, channel_saliency(features))
+        logits = checkpoint(net, mixed.requires_grad_(), use_reentrant=reentrant)
+        F.cross_entropy(logits, targets).backward()
+    assert not recwarn.list
 
 
 def steps_of(step, module):
