@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import library
+from torch.utils.data import DistributedSampler
 
 library("torchvision")
 image = pytest.importorskip("PIL.Image")
@@ -142,6 +143,20 @@ def test_a_compiled_run_gives_the_losses_of_an_eager_one(folder, run, tmp_path, 
     eager = run(arguments(folder, tmp_path / "eager"))
     assert run(arguments(folder, tmp_path / "compiled", "--compile")) == eager
     torch.compiler.reset()
+
+
+def test_each_epoch_has_an_order_of_its_own(folder, run, tmp_path, monkeypatch):
+    orders, iterate = [], DistributedSampler.__iter__
+
+    def recorded(sampler):
+        orders.append(list(iterate(sampler)))
+        return iter(orders[-1])
+
+    monkeypatch.setattr(DistributedSampler, "__iter__", recorded)
+    run(arguments(folder, tmp_path, "--recipe", "none"))
+    assert len(orders) == 2
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(24))
 
 
 def test_idx_files_are_read(run, tmp_path):
