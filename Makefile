@@ -10,6 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TORCH_STAMP := $(VENV)/torch-$(TORCH).stamp
 STAMP := $(VENV)/installed.stamp
+FRAMEWORKS := $(VENV)/frameworks.stamp
 PEERS := $(VENV)/peers.stamp
 CSRC := $(shell find csrc -type f)
 NATIVE := setup.py $(CSRC)
@@ -31,7 +32,7 @@ test: test-compiled test-interpreted test-emulated ## the test suite, Triton's k
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist worksteal
 
 # By file, so that the run of the benchmarks that their tests share is made once.
-test-compiled: $(STAMP)
+test-compiled: $(FRAMEWORKS)
 	$(PYTEST) --dist loadfile
 
 # The interpreter runs a few cases of each test; what is drawn is tested on the compiled backends.
@@ -109,11 +110,14 @@ $(TORCH_STAMP):
 	@rm -f $(VENV)/torch-*.stamp
 	@touch $@
 
-# The libraries compared with. One that does not install is only absent from the tables.
+# The frameworks that the package adapts to, which tests need.
 # timm and torchvision without dependencies, which would replace this build of PyTorch.
-$(PEERS): $(STAMP)
-	-$(RUN) -m pip install --quiet --no-deps timm
-	-$(RUN) -m pip install --quiet --no-deps torchvision
+$(FRAMEWORKS): $(STAMP)
+	$(RUN) -m pip install --quiet --no-deps timm torchvision
+	@touch $@
+
+# The libraries compared with. One that does not install is only absent from the tables.
+$(PEERS): $(FRAMEWORKS)
 	-$(RUN) -m pip install --quiet kornia
 	-$(RUN) -m pip install --quiet gco-wrapper
 	-$(RUN) -m pip install --quiet opencv-contrib-python-headless

@@ -18,9 +18,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.patches import Patch
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +28,7 @@ from sg_kernels import (
     SaliencyGraft,
     available_backends,
     saliency_graft,
+    show,
     unavailable_backends,
 )
 
@@ -39,9 +37,6 @@ TRAIN_IMAGES = 300
 BATCH = 50
 PROB = 0.5
 LEARNING_RATE = 3e-3
-
-SOURCE, DESTINATION = "#e4572e", "#2e6f95"
-CELLS = ("#d5e3ec", "#f6cdbf", SOURCE)
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -168,30 +163,16 @@ def differences(result: GraftResult, reference: GraftResult) -> str:
 
 
 class Panel(NamedTuple):
-    """A batch and its grafts; the picture has a row for each of ``sources``."""
+    """A batch to graft, and where its features come from."""
 
     images: Tensor
-    names: list[str]
-    sources: list[int]
+    features: Tensor
     evidence: str
-    salient: Tensor
-    result: GraftResult
-
-
-def panel(
-    images: Tensor,
-    features: Tensor,
-    evidence: str,
-    names: list[str],
-    sources: list[int],
-    index: list[int],
-) -> Panel:
-    """Grafts the batch. ``salient`` marks the cells that could have been drawn."""
-    result, every = (
-        saliency_graft(images, features, index=torch.tensor(index), keep_prob=p, seed=0)
-        for p in (0.7, 1.0)
-    )
-    return Panel(images, names, sources, evidence, every.mask, result)
+    classes: Tensor
+    names: list[str]
+    index: list[int]
+    rows: list[int]
+    """Those drawn."""
 
 
 def photographs() -> Panel:
@@ -201,8 +182,8 @@ def photographs() -> Panel:
         [flower[:, 60:360, 158:458], china[:, 20:320, 55:355], china[:, 127:427, 330:630]]
     )
     images = F.interpolate(images.float(), size=(240, 240), mode="area").round().byte()
-    names = ["dahlia", "temple", "lake"]
-    return panel(images, edges(images), "of edge filters", names, [0, 1, 2], [1, 2, 0])
+    names, rows = ["dahlia", "temple", "lake"], [0, 1, 2]
+    return Panel(images, edges(images), "of edge filters", torch.arange(3), names, [1, 2, 0], rows)
 
 
 def edges(images: Tensor) -> Tensor:
@@ -218,60 +199,30 @@ def handwriting(features: nn.Module) -> Panel:
     """Two pairs of digits, with the features of the network trained on grafts."""
     images, classes = digits()
     chosen = torch.tensor([int((classes == digit).nonzero()[0]) for digit in (3, 7, 8, 0)])
+    images, classes = images[chosen], classes[chosen]
     with torch.no_grad():
-        maps = features(images[chosen])
-    names = [str(int(c)) for c in classes[chosen]]
-    return panel(images[chosen], maps, "of the network", names, [0, 2], [1, 0, 3, 2])
-
-
-def show(axes: Axes, image: Tensor) -> None:
-    if image.shape[0] == 1:
-        axes.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
-    else:
-        axes.imshow(image.permute(1, 2, 0))
-
-
-def draw_row(row: list[Axes], shown: Panel, i: int) -> None:
-    result, j = shown.result, int(shown.result.index[i])
-    show(row[0], shown.images[i])
-    show(row[1], shown.images[j])
-    row[2].imshow(result.saliency[i], cmap="magma", vmin=0)
-    row[3].imshow(
-        shown.salient[i].int() + result.mask[i].int(), cmap=ListedColormap(CELLS), vmin=0, vmax=2
-    )
-    show(row[4], result.images[i])
-    for axes, colour, width in zip(row, (SOURCE, DESTINATION, *["0.8"] * 3), (2.5, 2.5, 1, 1, 1)):
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set(color=colour, linewidth=width)
-    lam = result.lam[i].item()
-    bars = row[5]
-    bars.barh([1, 0], [lam, 1 - lam], color=[SOURCE, DESTINATION], height=0.36)
-    for y, k, symbol, weight in ((1, i, r"\lambda", lam), (0, j, r"1-\lambda", 1 - lam)):
-        text = f"{shown.names[k]}   ${symbol} = {weight:.2f}$"
-        bars.text(0.0, y + 0.25, text, va="bottom", fontsize=11)
-    bars.set(xlim=(-0.05, 1.0), ylim=(-0.5, 1.8), box_aspect=1)
-    bars.axis("off")
+        maps = features(images)
+    names = [str(digit) for digit in range(10)]
+    return Panel(images, maps, "of the network", classes, names, [1, 0, 3, 2], [0, 2])
 
 
 def draw(panels: list[Panel], output: Path) -> None:
-    """Draws the picture and writes it to ``output``."""
-    rows = [(shown, i) for shown in panels for i in shown.sources]
-    figure, grid = plt.subplots(
-        len(rows), 6, figsize=(10.5, 1.75 * len(rows) + 0.9), squeeze=False, layout="constrained"
-    )
-    for axes, (shown, i) in zip(grid, rows):
-        draw_row(list(axes), shown, i)
-        if i == shown.sources[0]:
-            axes[2].set_title(f"saliency\n{shown.evidence}", fontsize=12)
-    titles = ("source $i$", "destination $j$", None, "mask $M$", "graft")
-    for axes, title in zip(grid[0], titles):
-        if title:
-            axes.set_title(title, fontsize=12)
-    grid[0, 5].set_title("target", fontsize=12, loc="left", x=0.05)
-    labels = ("destination", "salient but not drawn: destination", "salient and drawn: source")
-    patches = [Patch(color=colour, label=label) for colour, label in zip(CELLS, labels)]
-    figure.legend(handles=patches[::-1], loc="outside lower center", ncols=3, frameon=False)
+    """Grafts each panel, draws the picture and writes it to ``output``."""
+    heights = [len(panel.rows) for panel in panels]
+    figure = plt.figure(figsize=(10.5, 1.95 * sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(panels), height_ratios=heights)
+    for part, (images, features, evidence, classes, names, index, rows) in zip(parts, panels):
+        result = saliency_graft(
+            images,
+            features,
+            targets=classes,
+            num_classes=len(names),
+            index=torch.tensor(index),
+            keep_prob=0.7,
+            seed=0,
+        )
+        show(result, images, names, rows=rows, figure=part)
+        part.axes[2].set_title(f"saliency\n{evidence}")
     figure.savefig(output, dpi=105)
     plt.close(figure)
 

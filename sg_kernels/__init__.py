@@ -12,6 +12,7 @@ from sg_kernels.functional import (
     saliency_graft,
 )
 from sg_kernels.nn import SaliencyGraft
+from sg_kernels.picture import show
 
 __version__ = "0.1.0"
 
@@ -26,5 +27,6 @@ __all__ = [
     "mix_criterion",
     "mix_targets",
     "saliency_graft",
+    "show",
     "unavailable_backends",
 ]

@@ -23,7 +23,7 @@ from sg_kernels.options import (
     lists_options,
     options_of,
 )
-from sg_kernels.tap import Tap
+from sg_kernels.tap import Tap, recomputes
 
 MAX_RANK = 2**31 - 1
 """Of the streams, which the kernels count in 32 bits."""
@@ -72,7 +72,9 @@ class SaliencyGraft(nn.Module):
         seed: a 64-bit int, or an int64 tensor of one element, which is copied; default: drawn from
             torch's own CPU generator, on each rank from its own.
         rank: the stream that this process draws; default: its rank under torch.distributed. Ranks
-            that share a batch, as in tensor parallelism, must give the same rank and seed.
+            that share a batch, as in tensor parallelism, must give the same rank and seed. Under
+            FSDP ranks that do so make the passes of ``network`` together, where ``prob`` needs one;
+            without it every call makes one, as ranks cannot pass alone.
         group: instead, the process group in which this process's rank is its stream, such as the
             data-parallel one.
 
@@ -124,6 +126,7 @@ class SaliencyGraft(nn.Module):
         self.prob = prob
         self.warmup_epochs = warmup_epochs
         self.rank = _checked_rank(rank, group)
+        self._rank_was_given = rank is not None
         # A bool: torch.compile would recompile for every epoch number.
         self._warming_up = warmup_epochs > 0
         self._epoch_was_set = False
@@ -187,12 +190,13 @@ class SaliencyGraft(nn.Module):
         needs_map = mask is None or self.options.label != "area"
         if needs_map and features is None and saliency is None:
             if self._tap is not None and self._tap.features is None:
-                if not self.needs_pass():
+                network = self.network()
+                if not (self.needs_pass() or self._joins_passes_of_others(network)):
                     unmixed = self._unmixed(images, targets, self.options.augmentations)
                     step += 1
                     self._spend()
                     return unmixed
-                if (network := self.network()) is not None:
+                if network is not None:
                     checks.check_images(images, "(B, C, H, W)", 4)
                     features = self._tap.run(network, images, self.pass_scale)
             if features is None:
@@ -326,6 +330,21 @@ class SaliencyGraft(nn.Module):
     def _stream(self) -> int:
         return _rank() if self.rank is None else self.rank
 
+    def _joins_passes_of_others(self, network: nn.Module | None) -> bool:
+        """Whether other ranks may make a clean pass that waits for this one.
+
+        So it is under FSDP, where each pass gathers the weights, and each rank has its own draws.
+        """
+        distributed = torch.distributed
+        if network is None or self._rank_was_given or torch.compiler.is_compiling():
+            return False
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return False
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        sharded = FSDPModule, FullyShardedDataParallel
+        return any(isinstance(module, sharded) for module in network.modules())
+
     def _check_place(self, images: Tensor, device: torch.device) -> None:
         """Refuses a DataLoader's worker, a recomputation, and another device than the module's."""
         if not torch.compiler.is_compiling():
@@ -335,7 +354,7 @@ class SaliencyGraft(nn.Module):
                     "would all draw the same; call saliency_graft there, which draws from torch's "
                     "generator"
                 )
-            if torch._C._current_graph_task_id() != -1:
+            if recomputes():
                 raise RuntimeError(
                     "SaliencyGraft was called during a backward pass, as activation checkpointing "
                     "does to recompute: it would draw anew. Call it outside of the checkpointed "

@@ -88,7 +88,9 @@ class Tap:
 
     def __call__(self, layer: nn.Module, args: Any, output: object) -> None:
         owner = self._owner()
-        if owner is None or not (self._own_pass_is_running or self._is_clean(owner, layer)):
+        if owner is None or recomputes():
+            return
+        if not (self._own_pass_is_running or self._is_clean(owner, layer)):
             return
         if owner.mixed_pass and self.features is not None and not torch.compiler.is_compiling():
             warn_once(
@@ -185,6 +187,11 @@ class Tap:
         # A file of the network holds nothing of ours: a hook of the standard library that does
         # nothing takes this one's place, as an entry of a dictionary cannot be left out.
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def recomputes() -> bool:
+    """Whether this runs in a backward pass, as what activation checkpointing recomputes does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _without_ddp(network: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ import truth
 from ferry import ferried
 
 import sg_kernels
+from benchmarks import rivals
 from sg_kernels import backends, checks, ops
 
 # csrc/cuda emulated on the CPU (tests/emulation), before the tests ask which backends there are.
@@ -83,6 +84,14 @@ def few_of(cases, most):
     more = min(most - len(chosen), len(rest))
     chosen += [rest[i * len(rest) // more] for i in range(more)]
     return [cases[i] for i in sorted(chosen)]
+
+
+def library(name):
+    """A module of timm or torchvision; skips what needs it where it is not installed."""
+    try:
+        return rivals.import_library(name)
+    except ModuleNotFoundError:
+        pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 
 @pytest.fixture(params=sg_kernels.available_backends())

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import library
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -136,6 +137,8 @@ def test_every_snippet_is_found():
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=str)
 def test_a_snippet_runs_by_itself(snippet, names):
+    if "sg_kernels.timm" in snippet.code:
+        library("timm")
     code = "\n" * (snippet.line - 1) + snippet.code  # so that a traceback names the page's line
     exec(compile(code, str(snippet.page), "exec"), names)
     results = [value for value in names.values() if isinstance(value, sg_kernels.GraftResult)]
