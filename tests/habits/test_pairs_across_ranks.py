@@ -1,0 +1,49 @@
+"""examples/pairs_across_ranks.py, in two processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from digits import CLASSES, digits
+
+from examples.pairs_across_ranks import GlobalGraft
+from sg_kernels import SaliencyGraft
+
+RANKS, BATCH, CALLS, SEED = 2, 8, 2, 5
+CPU = torch.device("cpu")
+
+
+def global_batches():
+    """Per call the images, classes and maps of all ranks."""
+    images, targets = digits(CALLS * RANKS * BATCH)
+    maps = images.mean(1)[:, ::4, ::4]
+    size = RANKS * BATCH
+    return list(zip(images.split(size), targets.split(size), maps.split(size)))
+
+
+def work(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    graft = GlobalGraft(CLASSES, SEED, CPU)
+    own = slice(rank * BATCH, (rank + 1) * BATCH)
+    outputs = [graft(*(part[own] for part in batch)) for batch in global_batches()]
+    torch.save(outputs, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """What each rank returned."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (folder,), RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def test_the_ranks_together_make_what_one_process_makes(outputs):
+    mixer = SaliencyGraft(num_classes=CLASSES, seed=SEED)
+    for call, (images, targets, maps) in enumerate(global_batches()):
+        expected, expected_targets = mixer(images, targets, saliency=maps)
+        assert torch.cat([own[call][0] for own in outputs]).equal(expected)
+        assert torch.cat([own[call][1] for own in outputs]).equal(expected_targets)
+        across = mixer.result.index // BATCH != torch.arange(RANKS * BATCH) // BATCH
+        assert across.any()
+        assert not across.all()
