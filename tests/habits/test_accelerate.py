@@ -1,5 +1,7 @@
 """examples/accelerate_loop.py"""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from digits import CLASSES, Net, loader
@@ -44,10 +46,12 @@ def test_accumulated_batches_make_one_step():
     accelerator, model, optimizer, batches, mixer = set_up(gradient_accumulation_steps=2)
     weights = []
     accelerator.unwrap_model(model).head.register_forward_pre_hook(
-        lambda head, args: weights.append(head[1].weight.detach().clone()) if head.training else None
+        lambda head, args: (
+            weights.append(head[1].weight.detach().clone()) if head.training else None
+        )
     )
     train_epoch(accelerator, model, optimizer, batches, mixer)
-    same = [a.equal(b) for a, b in zip(weights, weights[1:])]
+    same = [a.equal(b) for a, b in pairwise(weights)]
     assert same == [True, False] * (BATCHES // 2 - 1) + [True]
     assert mixer.step == BATCHES
 

@@ -53,9 +53,7 @@ def distilled(**options):
     teacher, student = Net().eval(), Net().eval()
     seen = []
     teacher.register_forward_pre_hook(lambda teacher, args: seen.append(args[0]))
-    mixer = SaliencyGraft(
-        teacher.body, mixed_pass=False, num_classes=CLASSES, seed=0, **options
-    )
+    mixer = SaliencyGraft(teacher.body, mixed_pass=False, num_classes=CLASSES, seed=0, **options)
     images, targets = digits(8)
     loss = distillation_loss(student, teacher, mixer, images, targets, temperature=3.0, weight=0.3)
     assert [given is images for given in seen] == [True], "the teacher runs once, on clean images"
