@@ -28,16 +28,11 @@ def train(
     device = next(model.parameters()).device
     # Beside the model, not in it: the average includes buffers, and a seed has no average.
     mixer = SaliencyGraft(layer, network=model, num_classes=num_classes, prob=0.5, seed=0)
+    mixer.to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type)
-    parts = {
-        "model": model,
-        "mixer": mixer.to(device),
-        "average": average,
-        "optimizer": optimizer,
-        "scaler": scaler,
-    }
+    parts = dict(model=model, average=average, mixer=mixer, optimizer=optimizer, scaler=scaler)
     done = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device)

@@ -377,8 +377,8 @@ class SaliencyGraft(nn.Module):
         ended = self._network is not None and self.network() is None
         if ended and self._tap.features is None:
             raise RuntimeError(
-                "network no longer exists, as SaliencyGraft does not keep it alive: give the network "
-                "that you keep, not a wrapper made for this call alone"
+                "network no longer exists, as SaliencyGraft does not keep it alive: give the "
+                "network that you keep, not a wrapper that nobody keeps"
             )
         return self._tap.features_of(images)
 

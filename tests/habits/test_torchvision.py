@@ -41,22 +41,29 @@ def test_images_and_labels_are_those_of_the_function(batch, transform):
 
 def test_any_structure_comes_back_as_it_went_in(batch, transform):
     images, targets = batch
-    maps = tv_tensors.Mask(torch.randint(5, (8, 16, 16)))
-    transform.labels_getter = lambda inputs: inputs["annotation"][0]
-    names = [f"{i}.png" for i in range(8)]
+    maps = torch.randint(5, (8, 1, 16, 16))
+    transform.labels_getter = lambda given: given["annotation"][1]
+    given = {
+        "annotation": (tv_tensors.Mask(maps), targets),
+        "image": tv_tensors.Image(images),
+        "name": [f"{i}.png" for i in range(8)],
+    }
     torch.manual_seed(1)
-    output = transform(
-        {"image": tv_tensors.Image(images), "annotation": (targets, maps), "name": names}
-    )
+    output = transform(given)
     expected = expected_of(images, targets)
-    assert list(output) == ["image", "annotation", "name"]
+    mixed_maps, soft = output["annotation"]
     assert type(output["image"]) is tv_tensors.Image
-    assert output["image"].equal(expected.images)
-    soft, mixed_maps = output["annotation"]
-    assert soft.equal(expected.targets)
     assert type(mixed_maps) is tv_tensors.Mask
-    assert mixed_maps.equal(graft(maps.as_subclass(torch.Tensor), expected.mask, expected.index))
-    assert output["name"] is names or output["name"] == names
+    assert output["image"].equal(expected.images)
+    assert mixed_maps.equal(graft(maps, expected.mask, expected.index))
+    assert soft.equal(expected.targets)
+    assert output["name"] == given["name"]
+
+
+def test_the_function_returns_plain_tensors_as_torch_does(batch):
+    images, targets = batch
+    image = tv_tensors.Image(images)
+    assert type(expected_of(image, targets).images) is type(image.clone().add(0)) is torch.Tensor
 
 
 def test_boxes_are_refused(batch, transform):
