@@ -43,15 +43,26 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(tmp_path, epochs, checkpoint=None, callbacks=(), to_features=None, **trainer):
+class Hooked(Module):
+    """Mixes without a callback."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return tuple(self.mixer(*batch)) if self.trainer.training else batch
+
+
+def fit(tmp_path, epochs, checkpoint=None, callbacks=(), to_features=None, make=Module, **trainer):
     torch.manual_seed(0)
-    module = Module()
+    module = make()
     mixer = SaliencyGraft(
         "net.body", network=module, to_features=to_features, num_classes=CLASSES, seed=1
     )
+    if make is Hooked:
+        module.mixer = mixer
+    else:
+        callbacks = [Graft(mixer), *callbacks]
     trainer = lightning.Trainer(
         accelerator="cpu",
-        callbacks=[Graft(mixer), *callbacks],
+        callbacks=callbacks,
         default_root_dir=tmp_path,
         max_epochs=epochs,
         logger=False,
@@ -73,6 +84,14 @@ def test_training_sees_grafts_and_validation_does_not(tmp_path):
     for given, (images, targets) in zip(loader(), module.validated[-BATCHES:]):
         assert images.equal(given[0])
         assert targets.equal(given[1])
+
+
+def test_the_hook_of_the_module_mixes_as_the_callback_does(tmp_path):
+    expected, _, _ = fit(tmp_path, 1)
+    module, mixer, _ = fit(tmp_path, 1, make=Hooked)
+    assert mixer.step == BATCHES
+    for (images, _), (same, _) in zip(module.trained, expected.trained, strict=True):
+        assert images.equal(same)
 
 
 def test_the_clean_passes_leave_the_statistics_alone(tmp_path):

@@ -56,6 +56,19 @@ def test_the_clean_pass_leaves_the_statistics_alone(model, tmp_path):
     assert saved["mixer"]["step"] == BATCHES
 
 
+def test_the_clean_pass_autocasts(model, tmp_path):
+    dtypes = set()
+
+    @torch.compiler.disable
+    def note(body, args, output):
+        if not body.training:
+            dtypes.add(output.dtype)
+
+    model.body.register_forward_hook(note)
+    run(model, tmp_path / "checkpoint.pt", 1)
+    assert dtypes == {torch.float16}
+
+
 def test_compiled_code_trains_as_eager_code_does(model, tmp_path):
     other = copy.deepcopy(model)
     run(model, tmp_path / "compiled.pt", 1)

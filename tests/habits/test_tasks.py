@@ -27,21 +27,23 @@ def mixer_of(model, **options):
 
 def test_a_pixel_keeps_its_label():
     images, maps = with_maps()
-    mixer = mixer_of(Net())
-    mixed, mixed_maps = graft_with_maps(mixer, images, maps)
+    model = Net()
+    mixed, mixed_maps = graft_with_maps(mixer_of(model), images, maps)
     assert not mixed_maps.equal(maps)
     assert mixed_maps.equal(labels_of(mixed))
 
 
 def test_maps_may_be_smaller_than_the_images():
     images, maps = with_maps()
-    mixed, mixed_maps = graft_with_maps(mixer_of(Net()), images, maps[:, ::2, ::2])
+    model = Net()
+    mixed, mixed_maps = graft_with_maps(mixer_of(model), images, maps[:, ::2, ::2])
     assert mixed_maps.equal(labels_of(mixed)[:, ::2, ::2])
 
 
 def test_maps_pass_where_images_do():
     images, maps = with_maps()
-    for mixer in (mixer_of(Net(), prob=0.0), mixer_of(Net()).eval()):
+    model = Net()
+    for mixer in (mixer_of(model, prob=0.0), mixer_of(model).eval()):
         mixed, mixed_maps = graft_with_maps(mixer, images, maps)
         assert mixed.equal(images)
         assert mixed_maps is maps
