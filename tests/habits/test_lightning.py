@@ -50,12 +50,10 @@ class Hooked(Module):
         return tuple(self.mixer(*batch)) if self.trainer.training else batch
 
 
-def fit(tmp_path, epochs, checkpoint=None, callbacks=(), to_features=None, make=Module, **trainer):
+def fit(tmp_path, epochs, checkpoint=None, callbacks=(), make=Module, options=None, **trainer):
     torch.manual_seed(0)
     module = make()
-    mixer = SaliencyGraft(
-        "net.body", network=module, to_features=to_features, num_classes=CLASSES, seed=1
-    )
+    mixer = SaliencyGraft("net.body", network=module, num_classes=CLASSES, seed=1, **options or {})
     if make is Hooked:
         module.mixer = mixer
     else:
@@ -94,6 +92,13 @@ def test_the_hook_of_the_module_mixes_as_the_callback_does(tmp_path):
         assert images.equal(same)
 
 
+def test_the_warm_up_ends(tmp_path):
+    module, mixer, _ = fit(tmp_path, 2, options={"warmup_epochs": 1})
+    assert mixer.step == BATCHES
+    unmixed = [images.equal(given[0]) for given, (images, _) in zip(loader(), module.trained)]
+    assert unmixed == [True] * BATCHES
+
+
 def test_the_clean_passes_leave_the_statistics_alone(tmp_path):
     module, _, _ = fit(tmp_path, 1)
     assert module.net.stem[1].num_batches_tracked == BATCHES
@@ -101,7 +106,8 @@ def test_the_clean_passes_leave_the_statistics_alone(tmp_path):
 
 def test_the_clean_pass_autocasts(tmp_path):
     dtypes = []
-    fit(tmp_path, 1, to_features=lambda x: dtypes.append(x.dtype) or x, precision="bf16-mixed")
+    options = {"to_features": lambda features: dtypes.append(features.dtype) or features}
+    fit(tmp_path, 1, options=options, precision="bf16-mixed")
     assert dtypes == [torch.bfloat16] * BATCHES
 
 

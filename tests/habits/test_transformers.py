@@ -114,6 +114,13 @@ def test_training_grafts_every_batch_and_evaluation_none(tmp_path):
     assert statistics.num_batches_tracked == 2 * IMAGES // BATCH
 
 
+def test_the_warm_up_ends(tmp_path):
+    model = resnet()
+    run = trainer(tmp_path, model, warmup_epochs=1)
+    run.train()
+    assert run.mixer.step == IMAGES // BATCH  # of the second of two epochs
+
+
 def test_a_run_resumes_exactly(tmp_path):
     torch.manual_seed(0)
     start = resnet().state_dict()
