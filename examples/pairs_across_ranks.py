@@ -1,6 +1,4 @@
-"""Pairs images across the ranks of torch.distributed: a small batch meets all others.
-
-    torchrun --nproc_per_node=2 train.py
+"""Pairs images across the ranks of torch.distributed, as torchrun starts them.
 
 SaliencyGraft pairs within a rank. Here each rank grafts its own rows, onto images of any rank.
 """
@@ -13,7 +11,7 @@ from sg_kernels import SaliencyGraft, graft
 
 
 class GlobalGraft:
-    """Grafts a rank's batch onto images of the global batch: ``mixed, soft = graft(...)``.
+    """Grafts a rank's batch onto images of the global batch: ``mixed, soft = mixer(...)``.
 
     All ranks draw alike, from one seed, for the whole global batch. What that takes is small, maps
     and targets, and is gathered. Of the images only the destinations are sent. Batches have the
@@ -38,8 +36,9 @@ class GlobalGraft:
 
 
 def gathered(part: Tensor) -> Tensor:
+    part = part.contiguous()
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, part.contiguous())
+    dist.all_gather(parts, part)
     return torch.cat(parts)
 
 
@@ -50,10 +49,10 @@ def fetch(images: Tensor, index: Tensor) -> Tensor:
     owner, place = wanted // batch, wanted % batch
     sent = [images[place[other][owner[other] == rank]] for other in range(len(wanted))]
     order = owner[rank].argsort(stable=True)
-    received = torch.empty_like(images)
+    received = images.new_empty(images.shape)
     dist.all_to_all_single(
         received,
-        torch.cat(sent),
+        torch.cat(sent).contiguous(),
         owner[rank].bincount(minlength=len(wanted)).tolist(),
         [len(part) for part in sent],
     )

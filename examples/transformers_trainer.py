@@ -46,6 +46,7 @@ class GraftTrainer(Trainer):
         loss = F.cross_entropy(outputs.logits, targets)
         return (loss, outputs) if return_outputs else loss
 
+    # With the states of all other generators, for which Trainer has no public hook.
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.should_save:

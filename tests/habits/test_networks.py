@@ -84,6 +84,22 @@ def test_a_layer_of_the_table_gives_the_map_that_it_says(row, side):
         mixer.untap()
 
 
+def half_size_map(**sized):
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **sized)
+    tokens = {"token_grid": "square", "prefix_tokens": 1}
+    mixer = SaliencyGraft(
+        "blocks.11", network=network, pass_scale=0.5, num_classes=CLASSES, **tokens
+    )
+    mixer(*batch(64))
+    return mixer.result.saliency
+
+
+def test_pass_scale_needs_a_vit_of_any_size():
+    with pytest.raises(AssertionError, match="doesn't match model"):
+        half_size_map(img_size=64)
+    assert half_size_map(dynamic_img_size=True).shape == (2, 2, 2)
+
+
 def test_a_map_that_a_function_changes_in_place_is_copied():
     """torchvision's DenseNet applies a ReLU in place to what its features return."""
     network = densenet121(num_classes=CLASSES)

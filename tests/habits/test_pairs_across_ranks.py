@@ -16,6 +16,7 @@ CPU = torch.device("cpu")
 def global_batches():
     """Per call the images, classes and maps of all ranks."""
     images, targets = digits(CALLS * RANKS * BATCH)
+    images = images.contiguous(memory_format=torch.channels_last)
     maps = images.mean(1)[:, ::4, ::4]
     size = RANKS * BATCH
     return list(zip(images.split(size), targets.split(size), maps.split(size)))
@@ -23,9 +24,9 @@ def global_batches():
 
 def work(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
-    graft = GlobalGraft(CLASSES, SEED, CPU)
+    mixer = GlobalGraft(CLASSES, SEED, CPU)
     own = slice(rank * BATCH, (rank + 1) * BATCH)
-    outputs = [graft(*(part[own] for part in batch)) for batch in global_batches()]
+    outputs = [mixer(*(part[own] for part in batch)) for batch in global_batches()]
     torch.save(outputs, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -42,7 +43,9 @@ def test_the_ranks_together_make_what_one_process_makes(outputs):
     mixer = SaliencyGraft(num_classes=CLASSES, seed=SEED)
     for call, (images, targets, maps) in enumerate(global_batches()):
         expected, expected_targets = mixer(images, targets, saliency=maps)
-        assert torch.cat([own[call][0] for own in outputs]).equal(expected)
+        mixed = torch.cat([own[call][0] for own in outputs])
+        assert mixed.equal(expected)
+        assert mixed.is_contiguous(memory_format=torch.channels_last)
         assert torch.cat([own[call][1] for own in outputs]).equal(expected_targets)
         across = mixer.result.index // BATCH != torch.arange(RANKS * BATCH) // BATCH
         assert across.any()
