@@ -1,7 +1,6 @@
 """What the tests of examples/ share: scikit-learn's digits, and a network to train on them."""
 
-import sys
-from types import ModuleType
+from contextlib import suppress
 
 import torch
 from sklearn.datasets import load_digits
@@ -9,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-if torch.version.cuda is None:
-    # torchvision, which the frameworks import, may be built for CUDA alone. Its operators then do
-    # not load, and the module that describes them, which this one stands for, would raise.
-    sys.modules.setdefault("torchvision._meta_registrations", ModuleType("_meta_registrations"))
+from benchmarks.rivals import import_library
+
+with suppress(ModuleNotFoundError):
+    import_library("torchvision")  # before the frameworks do, which import it as it is
 
 CLASSES = 10
 
