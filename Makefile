@@ -37,14 +37,15 @@ test-compiled: $(FRAMEWORKS)
 
 # The interpreter runs a few cases of each test; what is drawn is tested on the compiled backends.
 INTERPRETED := -k triton -m "not slow" --cases $(CASES) \
-	--ignore tests/test_distribution.py --ignore tests/benchmarks --ignore tests/test_gpu.py
+	--ignore tests/test_distribution.py --ignore tests/benchmarks --ignore tests/habits \
+	--ignore tests/test_gpu.py
 
 test-interpreted: $(STAMP)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
 
 test-emulated: $(EMULATION)
 	SG_KERNELS_EMULATION=$(EMULATION) $(PYTEST) -k cuda --cases 12 \
-		--ignore tests/test_distribution.py --ignore tests/benchmarks
+		--ignore tests/test_distribution.py --ignore tests/benchmarks --ignore tests/habits
 
 $(EMULATION): $(STAMP) $(NATIVE) $(wildcard tests/emulation/*)
 	$(RUN) tests/emulation/build.py $@
@@ -65,7 +66,8 @@ sanitize: $(STAMP) ## the test suite on a build with ASan and UBSan
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest \
-		--ignore tests/test_backends.py --ignore tests/benchmarks --ignore tests/test_setup.py
+		--ignore tests/test_backends.py --ignore tests/benchmarks --ignore tests/habits \
+		--ignore tests/test_setup.py
 
 lint: $(STAMP) ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
@@ -114,6 +116,7 @@ $(TORCH_STAMP):
 # timm and torchvision without dependencies, which would replace this build of PyTorch.
 $(FRAMEWORKS): $(STAMP)
 	$(RUN) -m pip install --quiet --no-deps timm torchvision
+	$(RUN) -m pip install --quiet "sg_kernels[frameworks]"
 	@touch $@
 
 # The libraries compared with. One that does not install is only absent from the tables.

@@ -26,7 +26,14 @@ EMULATION = "build/emulation/libsg_kernels_cuda.so"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 NOT_OF_A_BACKEND = [
     f"--ignore-glob=tests/{name}"
-    for name in ("benchmarks", "triton", "test_triton*", "test_distribution.py", "test_gpu.py")
+    for name in (
+        "benchmarks",
+        "habits",
+        "triton",
+        "test_triton*",
+        "test_distribution.py",
+        "test_gpu.py",
+    )
 ]
 DEADLINE = 510
 """Seconds after the start at which whatever still runs is ended."""

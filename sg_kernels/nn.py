@@ -393,6 +393,12 @@ class SaliencyGraft(nn.Module):
                 "features or saliency is needed: this SaliencyGraft taps no layer, nor does a copy "
                 "made without the layer or loaded from a file: give one to tap()"
             )
+        ended = self._network is not None and self.network() is None
+        if ended and self._tap.features is None:
+            raise RuntimeError(
+                "network no longer exists, as SaliencyGraft does not keep it alive: give the "
+                "network that you keep, not a wrapper that nobody keeps"
+            )
         return self._tap.features_of(images)
 
     def _host_call_seed(self, rank: int) -> int:

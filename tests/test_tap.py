@@ -617,6 +617,17 @@ def test_what_goes_wrong_in_its_pass_leaves_the_modes_as_they_were():
     assert not net.frozen.training
 
 
+def test_a_network_that_nobody_keeps_is_named_as_the_cause():
+    net = Normalized()
+    module = SaliencyGraft("module.body", network=nn.DataParallel(net), num_classes=5)
+    images, ids, _ = batch_of()
+    with pytest.raises(RuntimeError, match="network no longer exists"):
+        module(images, ids)
+    net(images)  # a pass of the layer serves all the same
+    module(images, ids)
+    assert module.result is not None
+
+
 def test_a_copied_network_makes_the_pass_of_the_copied_module():
     net = Normalized()
     module = SaliencyGraft("body", network=net, num_classes=5)
