@@ -12,6 +12,11 @@ TORCH_STAMP := $(VENV)/torch-$(TORCH).stamp
 STAMP := $(VENV)/installed.stamp
 PEERS := $(VENV)/peers.stamp
 CSRC := $(shell find csrc -type f)
+# The CUDA library is built where it can be, though a CPU build of PyTorch cannot load it: `aot`
+# looks at what nvcc made of it.
+ifneq ($(shell PATH="$(CUDA_HOME)/bin:$$PATH" command -v nvcc),)
+export SG_KERNELS_CUDA ?= 1
+endif
 NATIVE := setup.py $(CSRC)
 # csrc/cuda built to run on the CPU.
 EMULATION := build/emulation/libsg_kernels_cuda.so

@@ -46,15 +46,22 @@ class Tree:
     def fails(self):
         (self.cuda / "library").unlink()
 
+    def pretend(self, code):
+        """Runs ``code`` before setup.py, to give it another platform or another torch."""
+        startup = self.path.parent / "startup"
+        startup.mkdir(exist_ok=True)
+        (startup / "sitecustomize.py").write_text(code)
+
     def setup(self, *arguments, **environment):
         without = ("SG_KERNELS_", "TORCH_CUDA_ARCH_LIST")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(without)}
         # Other tests cover the CPU library.
         compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), "true")
+        paths = {"CUDA_HOME": str(self.cuda), "PYTHONPATH": str(self.path.parent / "startup")}
         return subprocess.run(
             [sys.executable, "setup.py", *arguments],
             cwd=self.path,
-            env={**kept, **compilers, "CUDA_HOME": str(self.cuda), **environment},
+            env={**kept, **compilers, **paths, **environment},
             capture_output=True,
             text=True,
         )
@@ -76,9 +83,15 @@ class Tree:
         return [word.rpartition("=")[2] for word in words if word.startswith("-gencode")]
 
 
+CUDA_TORCH = "import torch; torch.version.cuda = '13.0'"
+CPU_TORCH = "import torch; torch.version.cuda = None"
+
+
 @pytest.fixture
 def tree(tmp_path):
-    return Tree(tmp_path)
+    tree = Tree(tmp_path)
+    tree.pretend(CUDA_TORCH)
+    return tree
 
 
 def test_a_wheel_holds_the_cuda_library_unless_it_is_unwanted(tree):
@@ -94,6 +107,15 @@ def test_the_environment_names_the_architectures(tree):
     # Only the list has changed, and yet the library is compiled again.
     assert LIBRARY in tree.wheel(TORCH_CUDA_ARCH_LIST="10.0+PTX")
     assert tree.targets() == ["sm_100", "compute_100"]
+
+
+def test_for_a_torch_without_cuda_the_library_is_compiled_only_on_demand(tree):
+    tree.pretend(CPU_TORCH)
+    assert LIBRARY not in tree.wheel()
+    assert "compiling the CPU library; no CUDA library: this PyTorch" in tree.setup("build").stdout
+    assert LIBRARY in tree.wheel(SG_KERNELS_CUDA="1")
+    said = tree.setup("build", SG_KERNELS_CUDA="1").stdout
+    assert "sg_kernels: compiling the CPU library and the CUDA library\n" in said
 
 
 def test_a_failing_nvcc_is_a_warning_or_with_cuda_demanded_an_error(tree):
@@ -133,9 +155,11 @@ def test_a_new_source_is_compiled_without_being_listed(tree):
     assert not any("csrc/cpu" in argument for argument in tree.arguments())
 
 
-def test_an_unknown_choice_of_cuda_is_refused(tree):
+def test_an_unknown_choice_is_refused(tree):
     process = tree.setup("--version", SG_KERNELS_CUDA="perhaps")
     assert "SG_KERNELS_CUDA must be 0, 1 or auto; got 'perhaps'" in process.stderr
+    process = tree.setup("--version", SG_KERNELS_CPP="perhaps")
+    assert "SG_KERNELS_CPP must be 0, 1 or auto; got 'perhaps'" in process.stderr
 
 
 def test_an_old_setuptools_is_refused_in_one_line(tree, tmp_path):
@@ -147,14 +171,46 @@ def test_an_old_setuptools_is_refused_in_one_line(tree, tmp_path):
     assert process.stderr == "setuptools is 65.5.0: pip install --upgrade 'setuptools>=77'\n"
 
 
-def test_a_pure_build_is_a_wheel_for_every_platform(tree):
-    process = tree.setup("bdist_wheel", SG_KERNELS_CPP="0", CXX="/no/such/compiler")
+NO_TORCH = """
+import sys
+sys.modules["torch"] = None
+"""
+MACOS = """
+import platform
+platform.system, platform.machine = lambda: "Darwin", lambda: "arm64"
+"""
+
+
+@pytest.mark.parametrize("code, choice", [(NO_TORCH, {"SG_KERNELS_CPP": "0"}), (MACOS, {})])
+def test_a_pure_build_needs_no_torch_and_is_a_wheel_for_every_platform(tree, code, choice):
+    tree.pretend(NO_TORCH + code)
+    process = tree.setup("bdist_wheel", CXX="/no/such/compiler", **choice)
     assert process.returncode == 0, process.stderr
+    reason = "SG_KERNELS_CPP=0" if choice else "the compiled backends are for Linux"
+    assert f"sg_kernels: pure Python: {reason}" in process.stdout
     (wheel,) = tree.path.glob("dist/*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
         assert "sg_kernels/backends/reference.py" in archive.namelist()
+
+
+@pytest.mark.parametrize("machine, choice", [("x86_64", {}), ("aarch64", {}), ("riscv64", "1")])
+def test_linux_compiles_and_other_machines_on_demand(tree, machine, choice):
+    tree.pretend(f"import platform; platform.machine = lambda: {machine!r}")
+    choice = {"SG_KERNELS_CPP": choice} if choice else {}
+    process = tree.setup("build", **choice)
+    assert "sg_kernels: compiling the CPU library" in process.stdout
+
+
+def test_the_description_has_no_relative_pictures_or_links(tree):
+    process = tree.setup("--long-description")
+    assert process.returncode == 0, process.stderr
+    text = process.stdout
+    assert "![" not in text
+    assert "](docs/" not in text
+    assert "[Park et al., AAAI 2022](https://doi.org/" in text
+    assert "| method.md | the stages" in text
 
 
 def test_without_a_compiler_the_pure_build_is_named(tree, tmp_path):
@@ -164,12 +220,10 @@ def test_without_a_compiler_the_pure_build_is_named(tree, tmp_path):
     assert "SG_KERNELS_CPP=0" in process.stderr
 
 
-def test_without_torch_a_build_says_what_to_install(tree, tmp_path):
-    absent = tmp_path / "absent" / "torch" / "__init__.py"
-    absent.parent.mkdir(parents=True)
-    absent.write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
-    process = tree.setup("--version", PYTHONPATH=str(absent.parents[1]))
+def test_without_torch_a_build_says_what_to_install(tree):
+    tree.pretend(NO_TORCH)
+    process = tree.setup("--version")
     assert process.returncode != 0
-    assert process.stderr.startswith(
-        "sg_kernels is built against PyTorch: pip install 'torch>=2.10'"
+    assert process.stderr == (
+        "sg_kernels is built against PyTorch: pip install 'torch>=2.10', then build again\n"
     )
