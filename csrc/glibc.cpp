@@ -11,7 +11,7 @@ extern "C" {
 
 // glibc 2.34 moved these from libpthread, libdl and librt into libc, and gave them a new version in
 // which nothing else changed. The static CUDA runtime calls them: each call jumps to the version
-// that older systems have too.
+// that older systems have too, in libraries that PyTorch's own need and so load there.
 #if defined(SG_KERNELS_STATIC_CUDART) && defined(__x86_64__)
 asm(R"(
 .macro forward name, version=GLIBC_2.2.5

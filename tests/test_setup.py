@@ -8,8 +8,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("setuptools", "77")
+
+from sg_kernels import rng
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = "sg_kernels/libsg_kernels_cuda.so"
@@ -227,3 +230,64 @@ def test_without_torch_a_build_says_what_to_install(tree):
     assert process.stderr == (
         "sg_kernels is built against PyTorch: pip install 'torch>=2.10', then build again\n"
     )
+
+
+ARM64 = "aarch64-linux-gnu-g++"
+needs_arm64 = pytest.mark.skipif(
+    shutil.which(ARM64) is None, reason=f"needs {ARM64}: apt-get install g++-aarch64-linux-gnu"
+)
+
+
+@needs_arm64
+def test_the_cpu_library_builds_for_arm64_without_a_warning(tree):
+    tree.pretend(CPU_TORCH + "; import platform; platform.machine = lambda: 'aarch64'")
+    compiler = tree.path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {ARM64} "$@" -O0')  # takes a third of the time
+    compiler.chmod(0o755)
+    for name in ("torch", "torch_cpu", "c10"):
+        stub = [ARM64, "-shared", "-x", "c++", "/dev/null", "-o", tree.path / f"lib{name}.so"]
+        subprocess.run(stub, check=True)
+    process = tree.setup("build", CXX=str(compiler), LDCXXSHARED=f"{ARM64} -shared -L.")
+    assert process.returncode == 0, process.stderr
+    assert ": warning:" not in process.stderr
+    (library,) = tree.path.glob("build/lib*/sg_kernels/libsg_kernels_cpu.so")
+    aarch64 = 183
+    assert int.from_bytes(library.read_bytes()[18:20], "little") == aarch64
+
+
+SHARED_HEADERS = """
+#include <cstdio>
+#include <initializer_list>
+#include "cells.h"
+#include "philox.h"
+using namespace sg_kernels;
+int main() {
+  const std::uint64_t seed = 0xDEADBEEF12345678;
+  for (std::uint32_t i = 0; i < 6; ++i) std::printf("%u ", stream_word(i, 3, 2, kSampling, seed));
+  std::printf("%llu ", static_cast<unsigned long long>(call_seed(seed, 1ull << 40, 5)));
+  const float kept = share(0.1, 0.7), left = share(0.3, 0.9);
+  for (Norm norm : {Norm::kL1, Norm::kL2, Norm::kArea})
+    std::printf("%a ", label_ratio(kept, left, 0.3f, norm));
+  std::printf("%a ", mix_target(0.1f, 0.9f, 0.37f, 0.1f, 7.0f));
+  std::printf("%d %d", std::isnan(checked_saliency(-1.0f)), std::isnan(share(0.0, 0.0)));
+}
+"""
+
+
+def printed_by(compiler, emulator, path):
+    source, program = path / "program.cpp", path / compiler
+    source.write_text(SHARED_HEADERS)
+    flags = ["-std=c++17", "-O3", "-ffp-contract=off", "-static", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([compiler, *flags, source, "-o", program], check=True)
+    return subprocess.run([*emulator, program], capture_output=True, text=True, check=True).stdout
+
+
+@needs_arm64
+@pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="needs qemu-aarch64: qemu-user")
+def test_the_shared_headers_compute_the_same_on_arm64(tmp_path):
+    words = printed_by(ARM64, ["qemu-aarch64"], tmp_path)
+    assert words == printed_by("g++", [], tmp_path)
+    seed = 0xDEADBEEF12345678
+    signed = torch.tensor([seed - (1 << 64)])
+    expected = rng.words(signed, rng.Stream.SAMPLING, 6, rows=4, draws=3)[2, 3].tolist()
+    assert words.split()[:7] == [str(word) for word in (*expected, rng.call_seed(seed, 1 << 40, 5))]
