@@ -122,8 +122,8 @@ def test_other_devices_run_on_the_reference(monkeypatch, device):
     monkeypatch.setattr(backends, "ENVIRONMENT_CHOICE", None)
     assert backends.choose(None, device) == "reference"
     assert backends.choose("reference", device) == "reference"
+    monkeypatch.setitem(backends._UNLOADED, "cpp", None)
     with pytest.raises(RuntimeError, match=f"backend 'cpp' .*got tensors on {device}"):
-        monkeypatch.setitem(backends._UNLOADED, "cpp", None)
         backends.choose("cpp", device)
 
 
@@ -247,7 +247,7 @@ def test_a_library_that_does_not_load_is_reported_and_not_used(tmp_path):
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 @pytest.mark.parametrize(
-    "missing, arguments",
+    ("missing", "arguments"),
     [
         ("undefined symbol: of_another_torch", []),
         ("libgone.so: cannot open shared object file", ["-Wl,--no-as-needed", "-L.", "-lgone"]),

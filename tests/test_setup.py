@@ -184,12 +184,15 @@ platform.system, platform.machine = lambda: "Darwin", lambda: "arm64"
 """
 
 
-@pytest.mark.parametrize("code, choice", [(NO_TORCH, {"SG_KERNELS_CPP": "0"}), (MACOS, {})])
-def test_a_pure_build_needs_no_torch_and_is_a_wheel_for_every_platform(tree, code, choice):
+@pytest.mark.parametrize(
+    ("code", "choice", "reason"),
+    [("", "0", "SG_KERNELS_CPP=0"), (MACOS, "auto", "the compiled backends are for Linux")],
+    ids=["on demand", "on macOS"],
+)
+def test_a_pure_build_needs_no_torch_and_is_a_wheel_for_every_platform(tree, code, choice, reason):
     tree.pretend(NO_TORCH + code)
-    process = tree.setup("bdist_wheel", CXX="/no/such/compiler", **choice)
+    process = tree.setup("bdist_wheel", CXX="/no/such/compiler", SG_KERNELS_CPP=choice)
     assert process.returncode == 0, process.stderr
-    reason = "SG_KERNELS_CPP=0" if choice else "the compiled backends are for Linux"
     assert f"sg_kernels: pure Python: {reason}" in process.stdout
     (wheel,) = tree.path.glob("dist/*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -198,11 +201,12 @@ def test_a_pure_build_needs_no_torch_and_is_a_wheel_for_every_platform(tree, cod
         assert "sg_kernels/backends/reference.py" in archive.namelist()
 
 
-@pytest.mark.parametrize("machine, choice", [("x86_64", {}), ("aarch64", {}), ("riscv64", "1")])
+@pytest.mark.parametrize(
+    ("machine", "choice"), [("x86_64", "auto"), ("aarch64", "auto"), ("riscv64", "1")]
+)
 def test_linux_compiles_and_other_machines_on_demand(tree, machine, choice):
     tree.pretend(f"import platform; platform.machine = lambda: {machine!r}")
-    choice = {"SG_KERNELS_CPP": choice} if choice else {}
-    process = tree.setup("build", **choice)
+    process = tree.setup("build", SG_KERNELS_CPP=choice)
     assert "sg_kernels: compiling the CPU library" in process.stdout
 
 
