@@ -27,6 +27,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import SetupError
 
+CPU, CUDA = "sg_kernels.libsg_kernels_cpu", "sg_kernels.libsg_kernels_cuda"
 ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 SANITIZE = os.environ.get("SG_KERNELS_SANITIZE", "")
 LIBRARIES = ["torch", "torch_cpu", "c10"]
@@ -80,7 +81,7 @@ def torch_includes() -> list[str]:
 
 def cpu_library() -> Extension:
     extension = Extension(
-        "sg_kernels.libsg_kernels_cpu",
+        CPU,
         sources=files("*.cpp", "cpu/*.cpp"),
         depends=files("*.h", "cpu/*.h"),
         library_dirs=cpp_extension.library_paths(),
@@ -225,7 +226,6 @@ def description() -> str:
     return re.sub(r"\[([^]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
 
 
-CUDA = "sg_kernels.libsg_kernels_cuda"
 extensions = []
 if reason := why_pure():
     PLAN = f"pure Python: {reason}"

@@ -1,6 +1,7 @@
 """What setup.py builds and packs, with compilers that only record their arguments."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 pytest.importorskip("setuptools", "77")
 
+import sg_kernels
 from sg_kernels import rng
 
 ROOT = Path(__file__).parents[1]
@@ -234,6 +236,16 @@ def test_without_torch_a_build_says_what_to_install(tree):
     assert process.stderr == (
         "sg_kernels is built against PyTorch: pip install 'torch>=2.10', then build again\n"
     )
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_the_libraries_load_with_glibc_2_28(name):
+    library = Path(sg_kernels.__file__).with_name(f"libsg_kernels_{name}.so")
+    if not library.exists():
+        pytest.skip(f"{library.name} is not built here")
+    versions = re.findall(rb"GLIBC_2\.(\d+)", library.read_bytes())
+    assert versions
+    assert max(map(int, versions)) <= 28
 
 
 ARM64 = "aarch64-linux-gnu-g++"

@@ -26,7 +26,7 @@ INSTALLED_WITH_TORCH = ("libtorch*", "libc10*", "libcuda*")
 UNSTABLE = re.compile(r"\b(at|c10|caffe2|torch)::")
 """The namespaces of PyTorch whose symbols change between versions; the stable ABI is in C."""
 NEEDED = ("numpy", "pytest", "typing_extensions>=4.10")
-TESTED = ("test_backends.py", "test_rng.py", "test_graft.py", "test_targets.py", "--cases=8")
+TESTED = ("test_backends.py", "test_rng.py", "test_graft.py", "test_targets.py", "--cases=4")
 BIN = Path(sys.executable).parent
 """Where the tools are."""
 
