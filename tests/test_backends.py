@@ -1,5 +1,6 @@
 """Which backends run, and which one a call gets."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -116,6 +117,16 @@ def test_a_device_without_a_backend_is_refused(monkeypatch):
         backends.choose(None, "meta")
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_other_devices_run_on_the_reference(monkeypatch, device):
+    monkeypatch.setattr(backends, "ENVIRONMENT_CHOICE", None)
+    assert backends.choose(None, device) == "reference"
+    assert backends.choose("reference", device) == "reference"
+    monkeypatch.setitem(backends._UNLOADED, "cpp", None)
+    with pytest.raises(RuntimeError, match=f"backend 'cpp' .*got tensors on {device}"):
+        backends.choose("cpp", device)
+
+
 def test_where_neither_of_a_devices_backends_runs_both_reasons_are_given(monkeypatch):
     monkeypatch.setattr(backends, "ENVIRONMENT_CHOICE", None)
     monkeypatch.setitem(backends._UNLOADED, "triton", "no compiler")
@@ -126,6 +137,7 @@ def test_where_neither_of_a_devices_backends_runs_both_reasons_are_given(monkeyp
         backends.choose(None, "cuda")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_without_a_c_compiler_triton_says_so(tmp_path):
     code = "from sg_kernels import backends; print(backends.unavailable_backends()['triton'])"
     assert (
@@ -231,6 +243,39 @@ def test_a_library_that_does_not_load_is_reported_and_not_used(tmp_path):
     assert process.stdout.startswith("('reference',)")
     assert "built, but does not load" in process.stderr
     assert "libsg_kernels_cpu.so: file too short" in process.stderr
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("undefined symbol: of_another_torch", []),
+        ("libgone.so: cannot open shared object file", ["-Wl,--no-as-needed", "-L.", "-lgone"]),
+    ],
+)
+def test_the_symbol_or_file_that_a_library_misses_is_named(tmp_path, missing, arguments):
+    copy_without_library(tmp_path)
+    source = "void of_another_torch(void); void call(void) { of_another_torch(); }"
+    (tmp_path / "source.c").write_text(source)
+    build = ["gcc", "-shared", "-fPIC", "source.c", "-o"]
+    subprocess.run([*build, "libgone.so"], cwd=tmp_path, check=True)
+    library = "sg_kernels/libsg_kernels_cpu.so"
+    subprocess.run([*build, library, *arguments], cwd=tmp_path, check=True)
+    (tmp_path / "libgone.so").unlink()
+    process = run(CALL, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "built, but does not load" in process.stderr
+    assert missing in process.stderr
+
+
+def test_off_linux_nothing_is_warned_of_and_asking_says_why(without_library):
+    elsewhere = "import torch, platform; platform.system = lambda: 'Darwin'\n"
+    process = run(elsewhere + CALL, without_library)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("('reference',)")
+    assert not process.stderr
+    process = run(elsewhere + CALL, without_library, SG_KERNELS_BACKEND="cpp")
+    assert "'cpp' cannot run here: compiled for Linux only; this is Darwin" in process.stderr
 
 
 @pytest.mark.skipif(not COMPILED, reason="needs a compiled backend")

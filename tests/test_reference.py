@@ -6,8 +6,10 @@ import torch
 import truth
 from conftest import assert_same_bits, random_bits
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sg_kernels import rng
+from sg_kernels import ops, rng, saliency_graft
 from sg_kernels.backends import reference
 
 
@@ -107,6 +109,34 @@ def test_the_mean_does_not_overflow_where_the_sum_would():
         reference.select(scaled, "mean", 0.5, 1 / 16, None),
         reference.select(saliency, "mean", 0.5, 1 / 16, None),
     )
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """As a device of Apple's or Intel's: no tensor of float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        assert not any(tensor.dtype == torch.float64 for tensor in made), function
+        return result
+
+
+@pytest.mark.parametrize("normalize", ["max", "mean", "none"])
+def test_a_device_without_float64_gives_the_same(monkeypatch, normalize):
+    images, features = random_map(6, 3, 24, 24).requires_grad_(), random_map(6, 8, 6, 6) ** 4
+    features[2] = 1e38  # the sum of the map overflows
+    options = {"normalize": normalize, "norm": "l2", "augmentations": 2, "seed": 3}
+    call = {"targets": torch.arange(6), "num_classes": 7, "backend": "reference", **options}
+    expected = saliency_graft(images, features, **call)
+    gradient = torch.autograd.grad(expected.images.sum(), images)
+    monkeypatch.setattr(reference, "WITHOUT_FLOAT64", ("cpu",))
+    # The mode sees an operator as a whole, so the functions behind the operators are called.
+    monkeypatch.setattr(ops, "overload", lambda name, backend: ops._REFERENCE[name])
+    with WithoutFloat64():
+        found = saliency_graft(images, features, **call)
+        assert torch.equal(torch.autograd.grad(found.images.sum(), images)[0], gradient[0])
+    for name in ("mask", "index", "images", "lam", "targets"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 def test_top_k_keeps_the_k_largest():

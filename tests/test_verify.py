@@ -126,5 +126,5 @@ def test_info_names_versions_and_backends():
         env={**os.environ, "SG_KERNELS_BACKEND": "reference"},
         check=True,
     )
-    for line in ("sg_kernels", "torch", "triton", "backend reference   runs, on cpu and cuda"):
+    for line in ("sg_kernels", "torch", "triton", "backend reference   runs, on cpu, cuda, mps"):
         assert f"\n{line}" in f"\n{process.stdout}"

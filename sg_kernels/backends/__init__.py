@@ -5,6 +5,7 @@ Nothing here imports Triton: its backend does so at the first call.
 
 import importlib.util
 import os
+import platform
 import shutil
 import warnings
 from pathlib import Path
@@ -18,11 +19,16 @@ DEVICES = {
     "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
     "cuda": ("cuda",),
     "cpp": ("cpu",),
-    "reference": ("cpu", "cuda"),
+    "reference": ("cpu", "cuda", "mps", "xpu"),
 }
 """Every backend, and the device types it accepts."""
 
-DEFAULTS = {"cuda": ("triton", "cuda"), "cpu": ("cpp", "reference")}
+DEFAULTS = {
+    "cuda": ("triton", "cuda"),
+    "cpu": ("cpp", "reference"),
+    "mps": ("reference",),
+    "xpu": ("reference",),
+}
 """The backends tried, in order, when the caller names none."""
 
 CPP_LIBRARY = Path(__file__).parents[1] / "libsg_kernels_cpu.so"
@@ -32,6 +38,8 @@ CUDA_LIBRARY = CPP_LIBRARY.with_name("libsg_kernels_cuda.so")
 def _load(library: Path) -> str | None:
     """Loads a compiled backend. Returns the reason where that fails."""
     if not library.exists():
+        if platform.system() != "Linux":
+            return f"compiled for Linux only; this is {platform.system()}"
         reason = f"not built: {library.name} is missing"
         if (library.parents[1] / "setup.py").exists():
             return (
@@ -63,7 +71,8 @@ def _no_triton() -> str | None:
 _UNLOADED = {"triton": _no_triton(), "cpp": _load(CPP_LIBRARY), "cuda": _load_cuda()}
 """Why a backend's code cannot be used, whatever devices there are; None where it can."""
 
-if _UNLOADED["cpp"]:
+# Elsewhere there is no library to install, so nothing to warn of.
+if _UNLOADED["cpp"] and (platform.system() == "Linux" or CPP_LIBRARY.exists()):
     warnings.warn(
         f"sg_kernels runs on its slower PyTorch reference. cpp: {_UNLOADED['cpp']}", stacklevel=2
     )

@@ -21,6 +21,9 @@ FLAT = 1 - 2**-16
 """A map whose minimum is at least this share of its maximum counts as constant, because averages
 of equal values differ by rounding."""
 
+WITHOUT_FLOAT64 = ("mps", "xpu")
+"""Device types on which float64 is missing, or may be."""
+
 TINY = torch.finfo(torch.float32).tiny
 """Least numerator of the softmax: exp underflows at low temperatures, where threshold=0 still keeps
 every cell."""
@@ -58,10 +61,17 @@ def normalize_scale(saliency: Tensor, normalize: str) -> Tensor:
         case "max":
             return flat.amax(1, keepdim=True)
         case "mean":
-            # In float64, where the sum cannot overflow.
-            return flat.mean(1, keepdim=True, dtype=torch.float64).float()
+            return mean(flat)
         case _:
             return torch.ones_like(flat[:, :1])
+
+
+def mean(flat: Tensor) -> Tensor:
+    """The mean of each row, (B, 1), whose sum must not overflow."""
+    if flat.device.type not in WITHOUT_FLOAT64:
+        return flat.mean(1, keepdim=True, dtype=torch.float64).float()
+    peak = flat.amax(1, keepdim=True)
+    return peak * (flat / peak).mean(1, keepdim=True)
 
 
 def select(
