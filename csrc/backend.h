@@ -82,6 +82,7 @@ struct Call {
   Draws draws;
   Norm norm;
   Targets targets;
+  std::int64_t depth;  // planes of an image, each with a mask, one above the other
 
   SG_HOST_DEVICE std::int64_t rows() const { return augmentations * images.batch; }
 };

@@ -192,9 +192,9 @@ void check_index(const Tensor& index, std::int64_t rows, std::int64_t batch) {
       batch == 0 ? rows == 0 : rows % batch == 0, "rows must be a multiple of the batch, ", batch);
 }
 
-void check_grid(Grid grid, const Tensor& images, const char* name) {
+void check_grid(Grid grid, const Tensor& images, std::int64_t depth, const char* name) {
   STD_TORCH_CHECK(
-      grid.height >= 1 && grid.height <= images.size(2) && grid.width >= 1 &&
+      grid.height >= 1 && grid.height <= images.size(2) / depth && grid.width >= 1 &&
           grid.width <= images.size(3),
       name, " must have cells and be no finer than the images");
 }
@@ -202,7 +202,7 @@ void check_grid(Grid grid, const Tensor& images, const char* name) {
 Grid checked_grid(const Tensor& mask, const Tensor& images) {
   check(mask, ScalarType::Bool, 3, "mask");
   const Grid grid{mask.size(1), mask.size(2)};
-  if (images.numel() > 0) check_grid(grid, images, "mask");
+  if (images.numel() > 0) check_grid(grid, images, 1, "mask");
   return grid;
 }
 
@@ -370,16 +370,20 @@ Results saliency_graft(
     const std::optional<Tensor>& targets, const std::optional<Tensor>& out,
     const std::optional<Tensor>& step, std::int64_t rank, const std::optional<Tensor>& quantiles,
     double keep_prob, std::optional<std::int64_t> k, double prob, std::int64_t augmentations,
-    bool no_fixed_points, std::int64_t num_classes, double label_smoothing) {
+    bool no_fixed_points, std::int64_t num_classes, double label_smoothing,
+    std::int64_t depth) {
   check_images(images);
   STD_TORCH_CHECK(augmentations >= 1, "augmentations must be >= 1");
+  STD_TORCH_CHECK(
+      depth >= 1 && images.size(2) % depth == 0, "depth must be >= 1 and divide the height");
   Scope scope(images);
   Call call{};
   call.images = batch_of(images);
   call.augmentations = augmentations;
   call.seed = seed_of(seed, step, rank);
   call.grid = {grid_size.at(0), grid_size.at(1)};
-  check_grid(call.grid, images, "grid_size");
+  call.depth = depth;
+  check_grid(call.grid, images, depth, "grid_size");
   STD_TORCH_CHECK(!k || (*k >= 1 && *k <= call.grid.cells()), "k must be in 1 .. cells");
   call.selection = {
       static_cast<float>(temperature), enum_of(normalize, Normalize::kNone, "normalize"),

@@ -18,7 +18,7 @@ class Call(NamedTuple):
     """
 
     images: Tensor
-    """(B, C, H, W)."""
+    """(B, C, depth * H, W)."""
     seed: Tensor
     """int64 (1,), on the CPU or on the device of the images."""
     grid_size: tuple[int, int]
@@ -40,7 +40,7 @@ class Call(NamedTuple):
     targets: Tensor | None = None
     """Class ids, int64 (B,), or dense rows, float32 (B, num_classes)."""
     out: Tensor | None = None
-    """(rows, C, H, W), where the images are written; None: to a fresh tensor."""
+    """(rows, C, depth * H, W), where the images are written; None: to a fresh tensor."""
     step: Tensor | None = None
     """int64 (1,), advanced by one; the call's seed is then rng.call_seed(seed, step, rank)."""
     rank: int = 0
@@ -55,13 +55,16 @@ class Call(NamedTuple):
     no_fixed_points: bool = False
     num_classes: int = 0
     label_smoothing: float = 0.0
+    depth: int = 1
+    """How many planes of H lines, with a mask each, lie one above the other in an image."""
 
 
 class Outputs(NamedTuple):
     """What the operator returns. No output shares memory with an input."""
 
     images: Tensor
-    """(rows, C, H, W), in the memory format of the input; empty, (0,), where ``out`` is given."""
+    """(rows, C, depth * H, W), in the memory format of the input; empty, (0,), where ``out`` is
+    given."""
     lam: Tensor
     """float32 (rows,)."""
     index: Tensor  # type: ignore[assignment]  # hides tuple.index

@@ -102,7 +102,7 @@ def check_mask(mask: Any, images: Tensor) -> tuple[int, int, int]:
     shape = "(n * B, gh, gw)"
     check_tensor("mask", mask, shape, 3, dtypes=(torch.bool,), device=images.device)
     rows, gh, gw = mask.shape
-    check_grid_size("mask", (gh, gw), *images.shape[2:])
+    check_grid_size("mask", (gh, gw), *images.shape[-2:])
     return rows, gh, gw
 
 
@@ -131,8 +131,11 @@ def check_index(index: Any, rows: int, batch: int, device: torch.device) -> None
             raise ValueError(f"index must lie in 0 .. {batch - 1}; got {low} .. {high}")
 
 
-def check_images(images: Any, shape: str, *dims: int) -> None:
-    check_tensor("images", images, shape, *dims)
+def check_images(images: Any, least_dims: int = 4) -> None:
+    shape = "(B, C, H, W) or (B, C, ..., H, W)" + (", or (B, H, W)" if least_dims == 3 else "")
+    check_tensor("images", images, shape)
+    if images.dim() < least_dims:
+        raise ValueError(f"images must be {shape}; got {tuple(images.shape)}")
     if images.dtype not in IMAGE_DTYPES:
         raise TypeError(f"images must hold plain numbers; got {images.dtype}")
     if forward_ad.unpack_dual(images).tangent is not None:
@@ -153,7 +156,7 @@ def warn_of_last_channels(images: Tensor, grid_size: tuple[int, int]) -> None:
 
 def check_out(out: Any, images: Tensor, rows: int, others: dict[str, Any]) -> None:
     """Checks ``out`` against the images and the tensors among ``others``, by name."""
-    check_tensor("out", out, "(n * B, C, H, W)", 4, dtypes=(images.dtype,), device=images.device)
+    check_tensor("out", out, "(n * B, ...)", dtypes=(images.dtype,), device=images.device)
     # Dynamo traces neither; a graph that it compiles gives such an out resolved.
     if not torch.compiler.is_compiling() and (out.is_conj() or out.is_neg()):
         raise TypeError("out must not be a lazy conj() or negation; give it resolved")
@@ -215,7 +218,7 @@ def feature_map(features: Any, options: Options, images: Tensor | None = None) -
 
 def _check_proportions(channels_first: Tensor, features: Tensor, images: Tensor) -> None:
     """Refuses a map whose sides do not fit the images where those of another reading do."""
-    (_, _, height, width), (_, _, h, w) = images.shape, channels_first.shape
+    (height, width), (_, _, h, w) = images.shape[-2:], channels_first.shape
     # A network rounds each side of its map by less than one cell.
     if abs(h * width - w * height) <= height + width:
         return

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sg_kernels import backends, checks, ops, rng
+from sg_kernels import backends, checks, ops, rng, shapes
 from sg_kernels.backends import reference
 from sg_kernels.call import NORMALIZE, Call
 from sg_kernels.options import (
@@ -33,7 +33,7 @@ class GraftResult(NamedTuple):
     """What saliency_graft returns. rows = augmentations * B; row a * B + b is image b's."""
 
     images: Tensor
-    """The grafted images (rows, C, H, W), in the dtype and memory format of the input."""
+    """The grafted images (rows, C, ..., H, W), in the dtype and memory format of the input."""
     lam: Tensor
     """The weight of the row's own label, float32 (rows,), in [0, 1]."""
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
@@ -69,7 +69,9 @@ def saliency_graft(
 
     Args:
         images: (B, C, H, W), any dtype of plain numbers: bool, integers, floats of 8 bits and more,
-            complex; any strides.
+            complex; any strides. Or (B, C, ..., H, W): what stands between C and H, as the frames
+            of a video or the slices of a volume, shares the mask. These are copied to be contiguous
+            unless they are, or in channels_last_3d, but for a stride of the batch.
         features: the feature map whose channel-wise L1 norm is the saliency, (B, K, h, w), float16,
             bfloat16, float32 or float64; or transformer tokens (B, N, K), see ``token_grid``.
         saliency: a ready map instead of ``features``, (B, h, w), floating, >= 0.
@@ -113,8 +115,8 @@ def saliency_graft(
         seed: instead, the 64-bit seed that decides the whole call: an int, or a one-element int64
             tensor on the CPU or on the device of ``images``. The same seed gives the same draws on
             every backend and device.
-        out: (n * B, C, H, W) of the dtype and device of ``images``, to be overwritten; not with
-            gradients.
+        out: (n * B, C, ..., H, W) of the dtype and device of ``images``, to be overwritten; not
+            with gradients.
         backend: one of :func:`sg_kernels.available_backends`; default: SG_KERNELS_BACKEND, else
             ``triton`` or ``cuda`` on a GPU, ``cpp`` or ``reference`` on the CPU.
 
@@ -179,37 +181,39 @@ def graft(
     ``images``.
 
     Args:
-        images: (B, C, H, W) or (B, H, W), dtypes as in :func:`saliency_graft`; any strides.
+        images: (B, C, H, W), (B, C, ..., H, W) or (B, H, W), as in :func:`saliency_graft`.
         mask: bool (n * B, gh, gw), no finer than the images.
         index: int64 (n * B,), in 0 .. B - 1; duplicates are allowed.
-        out: (n * B, C, H, W), or (n * B, H, W), to be overwritten; not with gradients.
+        out: n * B images, to be overwritten; not with gradients.
         backend: as in :func:`saliency_graft`.
 
     Returns:
-        (n * B, C, H, W) or (n * B, H, W), dtype and memory format of ``images``.
+        n * B images, in the dtype and memory format of ``images``.
     """
-    checks.check_images(images, "(B, C, H, W) or (B, H, W)", 3, 4)
-    if images.dim() == 3:
-        if out is not None:
-            checks.check_tensor("out", out, "(n * B, H, W), as images is", 3)
-            graft(images[:, None], mask, index, out=out[:, None], backend=backend)
-            return out
-        return graft(images[:, None], mask, index, backend=backend)[:, 0]
+    checks.check_images(images, least_dims=3)
     batch, device = images.shape[0], images.device
     rows, gh, gw = checks.check_mask(mask, images)
     checks.check_rows("mask", rows, batch)
-    if not torch.compiler.is_compiling():
+    if images.dim() == 4 and not torch.compiler.is_compiling():
         checks.warn_of_last_channels(images, (gh, gw))
     checks.check_index(index, rows, batch, device)
     name = backends.choose(backend, device.type)
     if out is not None:
         checks.check_out(out, images, rows, {"mask": mask, "index": index})
-        ops.overload("graft", name)(images, mask, index, out)
+    folded, written, depth = shapes.fold(images, out)
+    if depth > 1:
+        mask = mask.repeat(1, depth, 1)
+    if out is not None and written is not None:
+        ops.overload("graft", name)(folded, mask, index, written)
         _mark_written(out)
         return out
     if checks.needs_gradient(images):
-        return ops.Graft.apply(images, mask, index, name)
-    return ops.overload("graft", name)(images, mask, index)
+        grafted = ops.Graft.apply(folded, mask, index, name)
+    else:
+        grafted = ops.overload("graft", name)(folded, mask, index)
+    if images.dim() != 4:
+        grafted = grafted.view(rows, *images.shape[1:])
+    return grafted if out is None else out.copy_(grafted)
 
 
 def mix_targets(
@@ -365,8 +369,11 @@ def run(options: Options, tensors: Tensors, randomness: Randomness) -> GraftResu
     plan = check(options, tensors, randomness)
     outputs = execute(plan, draw(options, plan, randomness))
     images, lam, index, mask, saliency, targets = outputs
-    if tensors.out is not None:
-        images = tensors.out
+    written, out = plan.arguments["out"], tensors.out
+    if written is None and tensors.images.dim() > 4:
+        images = images.view(images.shape[0], *tensors.images.shape[1:])
+    if out is not None:
+        images = out.copy_(images) if written is None else out
     has_map = not (tensors.features is None and tensors.saliency is None)
     return GraftResult(
         images,
@@ -380,7 +387,7 @@ def run(options: Options, tensors: Tensors, randomness: Randomness) -> GraftResu
 
 def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
     images, _, _, mask, index, targets, out = tensors
-    checks.check_images(images, "(B, C, H, W)", 4)
+    checks.check_images(images)
     batch, device = images.shape[0], images.device
     rows = batch
     if options.augmentations > 1:
@@ -400,8 +407,15 @@ def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
         targets, num_classes = checks.ids_or_rows(targets, options, batch, device)
     if randomness.source is not None or len(sizes) > 1 or device.type == "cuda":
         _check_randomness(randomness, device, len(sizes))
+    if out is not None:
+        drawn_from = {"seed": randomness.source, "step": randomness.step}
+        others = {name: source, "mask": mask, "index": index, "targets": targets, **drawn_from}
+        checks.check_out(out, images, rows, others)
+    folded, written, depth = shapes.fold(images, out)
     arguments = {
-        "images": images,
+        "images": folded,
+        "out": written,
+        "depth": depth,
         name: source,
         "mask": mask,
         "index": index,
@@ -411,9 +425,6 @@ def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
         # The only image of a batch cannot but meet itself.
         "no_fixed_points": options.no_fixed_points and batch != 1,
     }
-    if out is not None:
-        checks.check_out(out, images, rows, {**arguments, "seed": randomness.source})
-        arguments["out"] = out
     differentiable = checks.needs_gradient(images)
     backend = backends.choose(options.backend, device.type)
     return Plan(arguments, sizes, backend, differentiable)
@@ -448,7 +459,7 @@ def _check_sizes(
     options: Options, images: Tensor, name: str, source: Tensor
 ) -> tuple[tuple[int, int], ...]:
     """The grid sizes of which one is drawn."""
-    height, width = images.shape[2:]
+    height, width = images.shape[-2:]
     h, w = source.shape[-2:]
     sizes = options.sizes((h, w))
     for size in sizes:

@@ -157,7 +157,8 @@ class SaliencyGraft(nn.Module):
         saliency: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Grafts ``images``, (B, C, H, W), and mixes ``targets``, (B,) ids or (B, num_classes).
+        """Grafts ``images``, (B, C, H, W) or (B, C, ..., H, W), and mixes ``targets``, (B,) ids or
+        (B, num_classes).
 
         ``features`` or ``saliency``, as in :func:`sg_kernels.saliency_graft`, take precedence over
         the tapped layer. Returns the mixed images and targets, float32 (rows, num_classes), or None
@@ -197,7 +198,7 @@ class SaliencyGraft(nn.Module):
                     self._spend()
                     return unmixed
                 if network is not None:
-                    checks.check_images(images, "(B, C, H, W)", 4)
+                    checks.check_images(images)
                     features = self._tap.run(network, images, self.pass_scale)
             if features is None:
                 features = self._tapped_features(images)
@@ -371,7 +372,7 @@ class SaliencyGraft(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """What a call returns that grafts nothing, with targets in the form of any other call."""
         self.result = None
-        checks.check_tensor("images", images, "(B, C, H, W)", 4)
+        checks.check_images(images)
         options, batch = self.options, images.shape[0]
         if targets is not None:
             checks.ids_or_rows(targets, options, batch, images.device)
@@ -384,10 +385,10 @@ class SaliencyGraft(nn.Module):
                 options.label_smoothing,
                 backend=options.backend,
             )
-        return images if copies == 1 else images.repeat(copies, 1, 1, 1), targets
+        return images if copies == 1 else torch.cat([images] * copies), targets
 
     def _tapped_features(self, images: Tensor) -> Tensor:
-        checks.check_tensor("images", images, "(B, C, H, W)", 4)
+        checks.check_images(images)
         if self._tap is None:
             raise ValueError(
                 "features or saliency is needed: this SaliencyGraft taps no layer, nor does a copy "

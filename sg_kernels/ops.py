@@ -246,10 +246,13 @@ class SaliencyGraft(torch.autograd.Function):
         ctx.backend, call, outputs = inputs[0], Call(*inputs[1:]), Outputs(*output)
         ctx.save_for_backward(outputs.mask, outputs.index)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.augmentations = call.augmentations
+        ctx.augmentations, ctx.depth = call.augmentations, call.depth
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-        args = (*ctx.saved_tensors, ctx.augmentations, ctx.backend)
+        mask, index = ctx.saved_tensors
+        if ctx.depth > 1:
+            mask = mask.repeat(1, ctx.depth, 1)
+        gradient = GraftBackward.apply(grad, mask, index, ctx.augmentations, ctx.backend)
         others = [None] * (len(Call._fields) - 1)
-        return None, GraftBackward.apply(grad, *args), *others
+        return None, gradient, *others

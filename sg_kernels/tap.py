@@ -207,8 +207,8 @@ def _at_scale(images: Tensor, scale: float) -> Tensor:
             f"pass_scale resamples floating images; got {images.dtype}: give pass_scale=1, or "
             "floating images"
         )
-    height, width = (max(1, round(side * scale)) for side in images.shape[2:])
-    return F.interpolate(images, (height, width), mode="area")
+    sides = (max(1, round(side * scale)) for side in images.shape[-2:])
+    return F.interpolate(images, (*images.shape[2:-2], *sides), mode="area")
 
 
 def _counts_writes(tensor: Tensor) -> bool:

@@ -153,11 +153,14 @@ def check_launches(observed, operator, calls, expected_of):
         assert len(kernels) == loaded + compiled, "the first call compiles, the second does not"
 
 
-def tiles_of(planned, images, out):
-    """The tiles as the plan has them, sides and strides as the images do."""
+def tiles_of(planned, images, out, depth=1):
+    """The tiles as the plan has them, sides and strides as the images do. With a ``depth`` the
+    planes take the channels' place.
+    """
+    height = images.shape[2] // depth
     names, axes = ("channels", "height", "width"), ("image", "channel", "y", "x")
     given = numbers("tiles", planned.tiles)
-    for name, size in zip(names, images.shape[1:]):
+    for name, size in zip(names, (images.shape[1], height, images.shape[3])):
         given |= {
             f"tiles.sides.{name}": size,
             f"tiles.sides.per_{name}": plan.reciprocal(size),
@@ -166,6 +169,8 @@ def tiles_of(planned, images, out):
     for name, tensor in (("source", images), ("out", out)):
         for axis, count, stride in zip(axes, tensor.shape, tensor.stride()):
             given[f"tiles.{name}.{axis}"] = stride // chunk if count > 1 else 0
+        if depth > 1:
+            given[f"tiles.{name}.channel"] = height * tensor.stride(2) // chunk
     return given
 
 
@@ -299,7 +304,7 @@ def expected_launch_2(observed, call, planned, outputs, out):
     first, splits = observed.memory[0], planned.saliency.splits
     source = call.features if call.saliency is None else call.saliency
     size = source.shape[-2:] if first.grid is None else call.grid_size
-    given = tiles_of(planned.tile, call.images, out)
+    given = tiles_of(planned.tile, call.images, out, call.depth)
     given |= numbers("maps", planned.grids) | sizes(size, call.grid_size)
     given |= {
         "memory.images": call.images,
@@ -422,6 +427,10 @@ VARIANTS = {
             "normalize": NORMALIZE.index("none"),
         },
         {"images": channels_last(2, 4, 16, 24, dtype=torch.uint8)},
+    ),
+    "videos": (
+        {"images": channels_last(2, 3, 3 * 10, 8, dtype=torch.bfloat16), "depth": 3},
+        {"images": channels_last(2, 3, 3 * 10, 8, dtype=torch.bfloat16)},
     ),
 }
 

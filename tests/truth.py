@@ -129,7 +129,7 @@ def bits(tensor):
 
 def graft(images, mask, index):
     """Pixel by pixel on the raw bytes, so that no dtype and no NaN is beyond it."""
-    batch, channels, height, width = images.shape
+    batch, (height, width) = len(images), images.shape[-2:]
     rows, gh, gw = mask.shape
     source = bits(images).numpy()
     out = np.empty((rows, *source.shape[1:]), np.uint8)
@@ -137,8 +137,8 @@ def graft(images, mask, index):
         for y in range(height):
             for x in range(width):
                 own = bool(mask[r, y * gh // height, x * gw // width])
-                out[r, :, y, x] = source[r % batch if own else int(index[r]), :, y, x]
-    return torch.from_numpy(out).flatten(3).view(images.dtype)
+                out[r, ..., y, x, :] = source[r % batch if own else int(index[r]), ..., y, x, :]
+    return torch.from_numpy(out).flatten(-2).view(images.dtype)
 
 
 def shares(saliency, mask, index, norm="l1"):

@@ -166,10 +166,11 @@ void finish_streams() {
 #endif
 }
 
-Grafter::Grafter(const Batch& images, Grid grid, const Batch& out)
+Grafter::Grafter(const Batch& images, Grid grid, std::int64_t depth, const Batch& out)
     : images_(images),
       out_(out),
       grid_(grid),
+      depth_(depth),
       lines_(lines_of(images, out)),
       line_(lines_.width * lines_.pixel),
       stream_(is_streamed(lines_, out, grid)) {}
@@ -178,11 +179,13 @@ void Grafter::graft(const bool* mask, const Strip& strip) {
   char* to = out_.data + strip.row * out_.batch_stride;
   const char* own = images_.data + strip.own * images_.batch_stride;
   const char* other = images_.data + strip.other * images_.batch_stride;
+  const std::int64_t height = lines_.height / depth_;  // of a plane
   for (std::int64_t band = strip.first; band < strip.last; ++band) {
     find_runs(mask + band * grid_.width, grid_.width, lines_.width, runs_);
-    graft_band(
-        to, own, other, first_pixel(band, lines_.height, grid_.height),
-        first_pixel(band + 1, lines_.height, grid_.height));
+    const std::int64_t begin = first_pixel(band, height, grid_.height);
+    const std::int64_t end = first_pixel(band + 1, height, grid_.height);
+    for (std::int64_t top = 0; top < lines_.height; top += height)
+      graft_band(to, own, other, top + begin, top + end);
   }
 }
 
@@ -241,7 +244,7 @@ void graft(
     const Batch& images, const bool* mask, Grid grid, const std::int64_t* index, const Batch& out,
     const Context&) {
   cpu::for_each_strip(
-      images, grid, index, out, [&] { return cpu::Grafter(images, grid, out); },
+      images, grid, index, out, [&] { return cpu::Grafter(images, grid, 1, out); },
       [&](const cpu::Strip& strip, cpu::Grafter& grafter) {
         grafter.graft(mask + strip.row * grid.cells(), strip);
       });

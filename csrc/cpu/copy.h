@@ -36,7 +36,7 @@ struct Strip {
 // Copies the strips of one batch.
 class Grafter {
  public:
-  Grafter(const Batch& images, Grid grid, const Batch& out);
+  Grafter(const Batch& images, Grid grid, std::int64_t depth, const Batch& out);
   void graft(const bool* mask, const Strip& strip);  // the mask of the whole row
 
  private:
@@ -48,6 +48,7 @@ class Grafter {
 
   const Batch &images_, &out_;
   Grid grid_;
+  std::int64_t depth_;
   Lines lines_;
   std::int64_t line_;  // bytes of a line, if dense
   bool stream_;

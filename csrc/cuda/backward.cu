@@ -90,7 +90,7 @@ void graft_backward(
     const Batch& out, const Context& context) {
   using namespace cuda;
   if (out.pixels() == 0) return;  // then the mask may have no cells
-  const Tile tile = plan_tile(grad, out, grid, true, multiprocessors());
+  const Tile tile = plan_tile(grad, out, grid, 1, true, multiprocessors());
   const GraftBackward work{tile, grad, mask, grid, index, out};
   dispatch(type, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -32,7 +32,7 @@ void graft(
     const Context& context) {
   using namespace cuda;
   if (out.pixels() == 0) return;  // then the mask may have no cells
-  const Tile tile = plan_tile(images, out, grid, false, multiprocessors());
+  const Tile tile = plan_tile(images, out, grid, 1, false, multiprocessors());
   launch_copy(tile, images, mask, grid, index, out, context);
 }
 

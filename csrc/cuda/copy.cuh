@@ -65,7 +65,7 @@ struct Column {
 
 // The row of cells that a line lies in.
 __device__ inline int band(const Tile& tile, int line) {
-  return cell_of(line % tile.height, tile.height, tile.grid_height);
+  return cell_of(line % tile.plane, tile.plane, tile.grid_height);
 }
 
 // Column::from_own of every line, kChunk bits each. This loop is separate from the accesses, which

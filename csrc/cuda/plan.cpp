@@ -164,7 +164,8 @@ SaliencyPlan plan_saliency(const Batch& features, std::int64_t blocks) {
 }
 
 Tile plan_tile(
-    const Batch& images, const Batch& out, Grid grid, bool arithmetic, int multiprocessors) {
+    const Batch& images, const Batch& out, Grid grid, std::int64_t depth, bool arithmetic,
+    int multiprocessors) {
   const std::int64_t channels = images.channels, element = images.element;
   Tile tile{};
   tile.channels_last = 0 < out.channel_stride && out.channel_stride < out.column_stride;
@@ -178,6 +179,7 @@ Tile plan_tile(
     return Divisor(static_cast<std::int32_t>(std::max<std::int64_t>(1, size)));
   };
   tile.height = divisor(images.height);
+  tile.plane = divisor(images.height / depth);
   tile.width = divisor(images.width);
   tile.pixel = divisor(pixel);
   tile.channels = divisor(channels);
@@ -206,7 +208,7 @@ Plan plan_call(const Call& call, const Batch& out, int multiprocessors) {
       "grid_size",
       {map.cells(), grid.cells(), (map.height + 1) * grid.height, (map.width + 1) * grid.width});
   Plan plan{};
-  plan.tile = plan_tile(call.images, out, grid, false, multiprocessors);
+  plan.tile = plan_tile(call.images, out, grid, call.depth, false, multiprocessors);
   const std::int64_t values = values_of(map, grid);
   plan.lanes = std::min(kWarp, next_power_of_2(values));
   std::int64_t terms;

@@ -51,6 +51,7 @@ SaliencyPlan plan_saliency(const Batch& features, std::int64_t blocks);
 struct Tile {
   bool channels_last, dense;   // dense: the chunks of a line lie side by side
   Divisor height, width;       // of an image, in pixels
+  Divisor plane;               // height of a plane, which the mask covers
   Divisor pixel;               // bytes of a pixel, with one channel or with all
   Divisor channels;            // of a pixel with all
   std::int32_t chunk;          // in bytes
@@ -66,7 +67,8 @@ struct Tile {
 
 // For `arithmetic` a chunk is kChunk bytes or one element, and a cell may end within it at no cost.
 Tile plan_tile(
-    const Batch& images, const Batch& out, Grid grid, bool arithmetic, int multiprocessors);
+    const Batch& images, const Batch& out, Grid grid, std::int64_t depth, bool arithmetic,
+    int multiprocessors);
 
 // Largest grid whose mask every block of launch 2 works out before it copies: four cells a thread,
 // and 9 KiB of shared memory. Beyond this limit or the next, one block a row works out the mask,

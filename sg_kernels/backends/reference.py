@@ -229,14 +229,15 @@ def empty_rows(images: Tensor, rows: int) -> Tensor:
 
 
 def is_channels_last(images: Tensor) -> bool:
-    """Whether torch takes images for channels_last: c10's is_channels_last_strides_2d.
+    """Whether torch takes images for channels_last, or those of five dimensions for
+    channels_last_3d: c10's is_channels_last_strides_2d and _3d.
 
     Strides grow from the channels over width and height to the batch. Those of sides of one pixel
     mean nothing, and where nothing decides images are contiguous.
     """
     sizes, strides = images.shape, images.stride()
     least = 0
-    for dim in (1, 3, 2, 0):
+    for dim in (1, *range(images.dim() - 1, 1, -1), 0):
         if sizes[dim] == 0 or strides[dim] < max(least, 1):
             return False
         if dim == 0 and least == strides[1]:
@@ -274,7 +275,7 @@ def saliency_graft(call: Call) -> Outputs:
         keep = select(grid, normalize, call.temperature, call.threshold, call.k)
         mask = sample(keep, seed, p)
     mask = gate(mask, grafts)
-    grafted = graft(images, mask, index, call.out)
+    grafted = graft(images, mask.repeat(1, call.depth, 1), index, call.out)
     lam = label_ratio(grid, mask, index, norm)
     if targets is None:
         mixed = lam.new_empty(lam.shape[0], 0)

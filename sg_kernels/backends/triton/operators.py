@@ -74,10 +74,10 @@ def _copy_layout(images: Tensor, out: Tensor) -> tuple[Any, ...]:
 
 
 def _tile(
-    images: Tensor, out: Tensor, grid: tuple[int, int], arithmetic: bool = False
+    images: Tensor, out: Tensor, grid: tuple[int, int], arithmetic: bool = False, depth: int = 1
 ) -> plan.Tile | None:
     device = multiprocessors(images.get_device())
-    return plan.tile(*_copy_layout(images, out), grid, arithmetic, plan.THREADS, device)
+    return plan.tile(*_copy_layout(images, out), grid, arithmetic, plan.THREADS, device, depth)
 
 
 def channel_saliency(features: Tensor) -> Tensor:
@@ -120,13 +120,13 @@ def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None
     return images.new_empty(0)
 
 
-def _graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> None:
+def _graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor, depth: int = 1) -> None:
     if out.numel() == 0:
         return
     grid = Size(*mask.shape[1:])
-    tile = _tile(images, out, grid)
+    tile = _tile(images, out, grid, depth=depth)
     if tile is None:
-        reference.graft(images, mask, index, out)
+        reference.graft(images, mask.repeat(1, depth, 1), index, out)
         return
     with _on(images):
         launch(
@@ -223,6 +223,7 @@ def saliency_graft(*args: Any) -> Outputs:
         call.saliency is not None,
         tuple(call.grid_size),
         multiprocessors(images.get_device()),
+        call.depth,
     )
     if planned is None:
         outputs = reference.saliency_graft(call._replace(out=out))
@@ -232,7 +233,7 @@ def saliency_graft(*args: Any) -> Outputs:
         maps, call_seed = _launch_1(planned, call, source, outputs)
         _launch_2(planned, call, maps, call_seed, out, outputs)
     if not planned.at_once:
-        _graft(images, outputs.mask, outputs.index, out)
+        _graft(images, outputs.mask, outputs.index, out, call.depth)
     return outputs
 
 

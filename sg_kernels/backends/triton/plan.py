@@ -327,9 +327,10 @@ def tile(
     whole_elements: bool,
     threads: int,
     multiprocessors: int,
+    depth: int = 1,
 ) -> Tile | None:
     """How ``rows`` images are copied; None for those that are too large. ``whole_elements``: lanes
-    are elements, for arithmetic.
+    are elements, for arithmetic. ``depth``: see :attr:`sg_kernels.call.Call.depth`.
     """
     if too_large(shape, strides, out_strides, itemsize, grid_size):
         return None
@@ -346,6 +347,12 @@ def tile(
         strided = width > 1 and not strides[3] == out_strides[3] == 1
         pitches = (*strides[:3], *out_strides[:3])
     chunk = itemsize if strided else widest_chunk(itemsize, aligned, line, *pitches)
+    if depth > 1:
+        # Kernels walk planes as they walk channels, so they need the channels' place.
+        if strided or (channels > 1 and not channels_last):
+            return None
+        height //= depth
+        strides, out_strides = ((s[0], height * s[2], *s[2:]) for s in (strides, out_strides))
     elements = chunk // itemsize
     chunk_count = line // elements
 
@@ -362,7 +369,7 @@ def tile(
     least = MIN_PROGRAMS * multiprocessors // rows + 1
     lines, chunks = tile_extents(line_count, chunk_count, chunk, size, threads, least)
     across = max(1, cdiv(chunk_count, chunks))
-    sides = [max(1, side) for side in shape[1:]]
+    sides = [max(1, side) for side in (channels, height, width)]
     tiles = Tiles(
         total=max(1, across * cdiv(line_count, lines)),
         across=across,
@@ -407,6 +414,7 @@ def saliency_graft(
     ready: bool,
     grid_size: tuple[int, int],
     multiprocessors: int,
+    depth: int = 1,
 ) -> Plan | None:
     """The source: a ``ready`` map, or features. None for what is too large, and for no rows."""
     size, grid = Size(*source_shape[-2:]), Size(*grid_size)
@@ -436,6 +444,7 @@ def saliency_graft(
         False,
         threads,
         multiprocessors,
+        depth,
     )
     if copied is None:
         return None
