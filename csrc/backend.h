@@ -8,6 +8,7 @@
 #include "cells.h"
 #include "dtype.h"
 #include "philox.h"
+#include "standardize.h"
 
 namespace sg_kernels {
 
@@ -83,6 +84,7 @@ struct Call {
   Norm norm;
   Targets targets;
   std::int64_t depth;  // planes of an image, each with a mask, one above the other
+  Standardize standardize;
 
   SG_HOST_DEVICE std::int64_t rows() const { return augmentations * images.batch; }
 };

@@ -87,9 +87,8 @@ bool is_channels_last(const Tensor& images) {
 }
 
 // An output of `rows` images in the memory format of `images`; see reference.empty_rows.
-Tensor empty_rows(const Tensor& images, std::int64_t rows) {
+Tensor empty_rows(const Tensor& images, std::int64_t rows, std::int32_t dtype) {
   const std::int64_t c = images.size(1), h = images.size(2), w = images.size(3);
-  const std::int32_t dtype = dtype_of(images);
   const Tensor fresh = is_channels_last(images)
                            ? empty_strided(images, {rows, c, h, w}, {c * h * w, 1, c * w, c}, dtype)
                            : empty(images, {rows, c, h, w}, dtype);
@@ -212,17 +211,18 @@ struct Destination {
   Tensor written, returned;
 };
 
-Destination destination(const std::optional<Tensor>& out, const Tensor& images, std::int64_t rows) {
+Destination destination(
+    const std::optional<Tensor>& out, const Tensor& images, std::int64_t rows, std::int32_t dtype) {
   if (!out) {
-    const Tensor fresh = empty_rows(images, rows);
+    const Tensor fresh = empty_rows(images, rows, dtype);
     return {fresh, fresh};
   }
   STD_TORCH_CHECK(
       out->dim() == 4 && out->size(0) == rows && out->size(1) == images.size(1) &&
           out->size(2) == images.size(2) && out->size(3) == images.size(3) &&
-          out->scalar_type() == images.scalar_type(),
-      "out must have ", rows, " rows with the images' size and dtype");
-  return {*out, empty(images, {0}, dtype_of(images))};
+          dtype_of(*out) == dtype,
+      "out must have ", rows, " rows with the images' size, and the dtype that they come out in");
+  return {*out, empty(images, {0}, dtype)};
 }
 
 Tensor channel_saliency(const Tensor& features) {
@@ -242,7 +242,7 @@ Tensor graft(
   const Grid grid = checked_grid(mask, images);
   check_index(index, mask.size(0), images.size(0));
   Scope scope(images);
-  const Destination to = destination(out, images, mask.size(0));
+  const Destination to = destination(out, images, mask.size(0), dtype_of(images));
   sg_kernels::graft(
       batch_of(images), scope.dense<bool>(mask), grid, scope.dense<std::int64_t>(index),
       batch_of(to.written), scope.context());
@@ -258,7 +258,7 @@ Tensor graft_backward(
   const std::int64_t batch = grad.size(0) / augmentations;
   check_index(index, grad.size(0), batch);
   Scope scope(grad);
-  const Tensor out = empty_rows(grad, batch);
+  const Tensor out = empty_rows(grad, batch, dtype_of(grad));
   sg_kernels::graft_backward(
       batch_of(grad), float_of(grad, "grad"), scope.dense<bool>(mask), grid,
       scope.dense<std::int64_t>(index), batch_of(out), scope.context());
@@ -317,6 +317,39 @@ const std::int64_t* quantiles_of(const std::optional<Tensor>& quantiles, Scope& 
   return scope.dense<std::int64_t>(*quantiles);
 }
 
+// What images of a scalar type are read as, where they come out standardised.
+Pixel pixel_of(const Tensor& images) {
+  switch (images.scalar_type()) {
+    case ScalarType::Byte: return Pixel::kByte;
+    case ScalarType::Half: return Pixel::kHalf;
+    case ScalarType::BFloat16: return Pixel::kBFloat16;
+    case ScalarType::Float: return Pixel::kFloat;
+    default:
+      STD_TORCH_CHECK(false, "images to be standardised must be uint8, float16, bfloat16, float32");
+  }
+}
+
+Standardize standardize_of(
+    const std::optional<Tensor>& affine, const Tensor& images, std::int64_t dtype, Scope& scope) {
+  if (!affine) return {};
+  check(*affine, ScalarType::Float, 2, "affine");
+  const std::int64_t channels = images.size(1);
+  STD_TORCH_CHECK(
+      affine->size(0) == 2 && affine->size(1) == channels, "affine must be (2, ", channels, ")");
+  const float* scale = scope.dense<float>(*affine);
+  return {scale, scale + channels, pixel_of(images), enum_of(dtype, Pixel::kFloat, "dtype")};
+}
+
+// The dtype that images come out in.
+std::int32_t dtype_of(const Standardize& standardize, const Tensor& images) {
+  if (!standardize.wanted()) return dtype_of(images);
+  switch (standardize.to) {
+    case Pixel::kHalf: return aoti_torch_dtype_float16();
+    case Pixel::kBFloat16: return aoti_torch_dtype_bfloat16();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
 // Fills what stage 1 reads: features or a ready map, which has cells if it is `needed`.
 void set_source(
     Call& call, const std::optional<Tensor>& features, const std::optional<Tensor>& saliency,
@@ -347,7 +380,7 @@ Results run(
     const Context& context) {
   const std::int64_t batch = call.images.batch, rows = call.rows();
   const Grid map = call.map, grid = call.grid;
-  const Destination to = destination(out, images, rows);
+  const Destination to = destination(out, images, rows, dtype_of(call.standardize, images));
   const Tensor lam = empty(images, {rows}, aoti_torch_dtype_float32());
   const Tensor index = empty(images, {rows}, aoti_torch_dtype_int64());
   const Tensor mask = empty(images, {rows, grid.height, grid.width}, aoti_torch_dtype_bool());
@@ -370,8 +403,8 @@ Results saliency_graft(
     const std::optional<Tensor>& targets, const std::optional<Tensor>& out,
     const std::optional<Tensor>& step, std::int64_t rank, const std::optional<Tensor>& quantiles,
     double keep_prob, std::optional<std::int64_t> k, double prob, std::int64_t augmentations,
-    bool no_fixed_points, std::int64_t num_classes, double label_smoothing,
-    std::int64_t depth) {
+    bool no_fixed_points, std::int64_t num_classes, double label_smoothing, std::int64_t depth,
+    const std::optional<Tensor>& affine, std::int64_t dtype) {
   check_images(images);
   STD_TORCH_CHECK(augmentations >= 1, "augmentations must be >= 1");
   STD_TORCH_CHECK(
@@ -383,6 +416,7 @@ Results saliency_graft(
   call.seed = seed_of(seed, step, rank);
   call.grid = {grid_size.at(0), grid_size.at(1)};
   call.depth = depth;
+  call.standardize = standardize_of(affine, images, dtype, scope);
   check_grid(call.grid, images, depth, "grid_size");
   STD_TORCH_CHECK(!k || (*k >= 1 && *k <= call.grid.cells()), "k must be in 1 .. cells");
   call.selection = {

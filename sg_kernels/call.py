@@ -2,12 +2,16 @@
 
 from typing import NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 NORMALIZE = ("max", "mean", "none")
 """What :attr:`Call.normalize` counts: the divisors of the map before the softmax."""
 NORM = ("l1", "l2", "l2sq", "area")
 """What :attr:`Call.norm` counts: the norms of surviving saliency; "area" ignores saliency."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What :attr:`Call.dtype` counts: the dtypes that standardised images come out in."""
 
 
 class Call(NamedTuple):
@@ -40,7 +44,8 @@ class Call(NamedTuple):
     targets: Tensor | None = None
     """Class ids, int64 (B,), or dense rows, float32 (B, num_classes)."""
     out: Tensor | None = None
-    """(rows, C, depth * H, W), where the images are written; None: to a fresh tensor."""
+    """(rows, C, depth * H, W), of out_dtype(), where the images are written; None: to a fresh
+    tensor."""
     step: Tensor | None = None
     """int64 (1,), advanced by one; the call's seed is then rng.call_seed(seed, step, rank)."""
     rank: int = 0
@@ -57,6 +62,13 @@ class Call(NamedTuple):
     label_smoothing: float = 0.0
     depth: int = 1
     """How many planes of H lines, with a mask each, lie one above the other in an image."""
+    affine: Tensor | None = None
+    """float32 (2, C): scale and shift of each channel, by which images come out standardised."""
+    dtype: int = 0
+    """Index into DTYPES, of what images come out in with ``affine``; without it in their own."""
+
+    def out_dtype(self) -> torch.dtype:
+        return self.images.dtype if self.affine is None else DTYPES[self.dtype]
 
 
 class Outputs(NamedTuple):

@@ -43,6 +43,7 @@ IMAGE_DTYPES = (
     torch.complex128,
 )
 """Excludes packed, scaled and scale-only dtypes."""
+STANDARDIZED_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_tensor(
@@ -154,9 +155,29 @@ def warn_of_last_channels(images: Tensor, grid_size: tuple[int, int]) -> None:
         )
 
 
-def check_out(out: Any, images: Tensor, rows: int, others: dict[str, Any]) -> None:
+def check_standardize(images: Tensor, options: Options) -> None:
+    """Refuses images that cannot be standardised, where ``options`` ask for it."""
+    if options.standardize is None:
+        return
+    if images.dtype not in STANDARDIZED_DTYPES:
+        accepted = " or ".join(map(str, STANDARDIZED_DTYPES))
+        raise TypeError(
+            f"standardize takes images of {accepted}, as it reckons in float32; got {images.dtype}"
+        )
+    count, channels = len(options.mean_and_std()[0]), images.shape[1]
+    if count != 1 and count != channels:  # not `in`: Dynamo finds no symbol in a tuple
+        raise ValueError(
+            f"standardize must have one mean and std, or one for each of the {channels} channels "
+            f"of images; got {count}"
+        )
+
+
+def check_out(
+    out: Any, images: Tensor, rows: int, others: dict[str, Any], dtype: torch.dtype | None = None
+) -> None:
     """Checks ``out`` against the images and the tensors among ``others``, by name."""
-    check_tensor("out", out, "(n * B, ...)", dtypes=(images.dtype,), device=images.device)
+    dtypes = (dtype or images.dtype,)
+    check_tensor("out", out, "(n * B, ...)", dtypes=dtypes, device=images.device)
     # Dynamo traces neither; a graph that it compiles gives such an out resolved.
     if not torch.compiler.is_compiling() and (out.is_conj() or out.is_neg()):
         raise TypeError("out must not be a lazy conj() or negation; give it resolved")

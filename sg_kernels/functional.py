@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from sg_kernels import backends, checks, ops, rng, shapes
 from sg_kernels.backends import reference
-from sg_kernels.call import NORMALIZE, Call
+from sg_kernels.call import DTYPES, NORMALIZE, Call
 from sg_kernels.options import (
     TYPES,
     Norm,
@@ -33,7 +33,8 @@ class GraftResult(NamedTuple):
     """What saliency_graft returns. rows = augmentations * B; row a * B + b is image b's."""
 
     images: Tensor
-    """The grafted images (rows, C, ..., H, W), in the dtype and memory format of the input."""
+    """The grafted images (rows, C, ..., H, W), in the memory format of the input, and in its dtype
+    but for ``standardize``."""
     lam: Tensor
     """The weight of the row's own label, float32 (rows,), in [0, 1]."""
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
@@ -111,12 +112,20 @@ def saliency_graft(
         token_grid: the grid of the patch tokens when ``features`` is (B, N, K): (h, w),
             ``"square"``, or a function of ``images`` that returns (h, w).
         prefix_tokens: leading tokens to skip, such as CLS and registers.
+        standardize: (mean, std), each a number or a sequence of a number per channel, in the units
+            of ``images``: 0 .. 255 for uint8, so 255 times what timm and torchvision give. Images,
+            uint8, float16, bfloat16 or float32, then come out as images * (1 / std) - mean / std,
+            computed in float32, in the same launches: a loop needs no pass for it. ``features``
+            must come from standardised images, as the network sees them. Gradients are multiplied
+            by 1 / std.
+        dtype: what standardised images come out in, float16, bfloat16 or float32; default: their
+            own dtype if floating, else float32.
         generator: where the seed is drawn from; default: torch's own CPU generator.
         seed: instead, the 64-bit seed that decides the whole call: an int, or a one-element int64
             tensor on the CPU or on the device of ``images``. The same seed gives the same draws on
             every backend and device.
-        out: (n * B, C, ..., H, W) of the dtype and device of ``images``, to be overwritten; not
-            with gradients.
+        out: (n * B, C, ..., H, W) on the device of ``images``, of the dtype that they come out in,
+            to be overwritten; not with gradients.
         backend: one of :func:`sg_kernels.available_backends`; default: SG_KERNELS_BACKEND, else
             ``triton`` or ``cuda`` on a GPU, ``cpp`` or ``reference`` on the CPU.
 
@@ -361,12 +370,15 @@ class Plan(NamedTuple):
     differentiable: bool
 
 
-def run(options: Options, tensors: Tensors, randomness: Randomness) -> GraftResult:
+def run(
+    options: Options, tensors: Tensors, randomness: Randomness, affine: Tensor | None = None
+) -> GraftResult:
     """Checks, draws and calls the operator, for the function and the module.
 
     Nothing is drawn before the checks have passed, so a call that is refused spends no randomness.
+    ``affine``: that of ``options``, (2, C) or (2, 1); None: from the cache of ops.
     """
-    plan = check(options, tensors, randomness)
+    plan = check(options, tensors, randomness, affine)
     outputs = execute(plan, draw(options, plan, randomness))
     images, lam, index, mask, saliency, targets = outputs
     written, out = plan.arguments["out"], tensors.out
@@ -385,9 +397,12 @@ def run(options: Options, tensors: Tensors, randomness: Randomness) -> GraftResu
     )
 
 
-def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
+def check(
+    options: Options, tensors: Tensors, randomness: Randomness, affine: Tensor | None = None
+) -> Plan:
     images, _, _, mask, index, targets, out = tensors
     checks.check_images(images)
+    checks.check_standardize(images, options)
     batch, device = images.shape[0], images.device
     rows = batch
     if options.augmentations > 1:
@@ -410,7 +425,7 @@ def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
     if out is not None:
         drawn_from = {"seed": randomness.source, "step": randomness.step}
         others = {name: source, "mask": mask, "index": index, "targets": targets, **drawn_from}
-        checks.check_out(out, images, rows, others)
+        checks.check_out(out, images, rows, others, options.out_dtype(images))
     folded, written, depth = shapes.fold(images, out)
     arguments = {
         "images": folded,
@@ -425,9 +440,22 @@ def check(options: Options, tensors: Tensors, randomness: Randomness) -> Plan:
         # The only image of a batch cannot but meet itself.
         "no_fixed_points": options.no_fixed_points and batch != 1,
     }
+    if options.standardize is not None:
+        arguments["affine"] = affine_of(options, folded, affine)
+        arguments["dtype"] = DTYPES.index(options.out_dtype(images))
     differentiable = checks.needs_gradient(images)
     backend = backends.choose(options.backend, device.type)
     return Plan(arguments, sizes, backend, differentiable)
+
+
+def affine_of(options: Options, images: Tensor, given: Tensor | None = None) -> Tensor:
+    """Scale and shift of each channel of ``images``: those given, if they fit."""
+    channels = images.shape[1]
+    if given is not None and given.shape[1] == channels and given.device == images.device:
+        return given
+    tables = ops if checks.has_values(images) else torch.ops.sg_kernels
+    affine: Tensor = tables.affine(*options.mean_and_std(), channels, images.device)
+    return affine
 
 
 def _check_evidence(options: Options, tensors: Tensors, batch: int) -> tuple[str, Tensor]:

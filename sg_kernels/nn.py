@@ -11,6 +11,7 @@ from torch.utils.data import get_worker_info
 from typing_extensions import Self, Unpack
 
 from sg_kernels import backends, checks, functional, ops, rng
+from sg_kernels.backends import reference
 from sg_kernels.functional import Randomness, Tensors
 from sg_kernels.options import (
     DEFAULTS,
@@ -34,6 +35,10 @@ class SaliencyGraft(nn.Module):
 
     In training mode it mixes; in ``.eval()`` it returns its inputs. The arguments that are not
     listed here are the options of :func:`sg_kernels.saliency_graft`.
+
+    With ``standardize`` it standardises all images that it returns, in every mode and whether or
+    not the call grafts, and those of the clean pass that it makes itself. A clean pass that the
+    loop makes must be of standardised images too: see :meth:`standardize`.
 
     The randomness is two buffers, ``seed`` and ``step``. Each call advances ``step``, so a
     state_dict resumes exactly; a checkpoint without them loads and leaves them as they are. Under
@@ -91,6 +96,7 @@ class SaliencyGraft(nn.Module):
     seed: Tensor
     step: Tensor
     quantiles: Tensor | None
+    affine_bits: Tensor | None
 
     @lists_options
     def __init__(
@@ -140,6 +146,7 @@ class SaliencyGraft(nn.Module):
             # A buffer, so that it lies on the device before a compiled or captured call needs it.
             table = rng.beta_quantiles(self.options.alpha).to(step.device)
         self.register_buffer("quantiles", table, persistent=False)
+        self.register_buffer("affine_bits", self._made_affine(step.device), persistent=False)
         self.result: functional.GraftResult | None = None
         self._host_state: tuple[int, int] | None = None
         self.register_load_state_dict_post_hook(_resume)
@@ -163,8 +170,8 @@ class SaliencyGraft(nn.Module):
         ``features`` or ``saliency``, as in :func:`sg_kernels.saliency_graft`, take precedence over
         the tapped layer. Returns the mixed images and targets, float32 (rows, num_classes), or None
         without targets. In training mode the targets always have that form: in the warm-up and at
-        ``prob=0`` they are unmixed, and the images are returned as they are. :attr:`result` keeps
-        the rest.
+        ``prob=0`` they are unmixed, and the images are returned as they are, or standardised.
+        :attr:`result` keeps the rest.
 
         ``mask``, too, is as in :func:`sg_kernels.saliency_graft`: with ``label="area"`` the call
         needs no features. A draw in which the coin of ``prob`` says no does not graft, with a mask
@@ -179,7 +186,7 @@ class SaliencyGraft(nn.Module):
         """
         if not self.training:
             self.result = None
-            return images, targets
+            return self.standardize(images), targets
         # Not by attribute, for which nn.Module searches three dictionaries.
         buffers = self._buffers
         seed, step, quantiles = buffers["seed"], buffers["step"], buffers["quantiles"]
@@ -199,7 +206,8 @@ class SaliencyGraft(nn.Module):
                     return unmixed
                 if network is not None:
                     checks.check_images(images)
-                    features = self._tap.run(network, images, self.pass_scale)
+                    clean = self.standardize(images)
+                    features = self._tap.run(network, clean, self.pass_scale)
             if features is None:
                 features = self._tapped_features(images)
         rank = self._stream()
@@ -207,10 +215,21 @@ class SaliencyGraft(nn.Module):
         randomness = Randomness(
             seed, step, rank, lambda: self._host_call_seed(rank), self.prob, quantiles
         )
-        result = functional.run(self.options, tensors, randomness)
+        result = functional.run(self.options, tensors, randomness, self._affine())
         self._spend()
         self.result = functional.GraftResult(result.images.detach(), *result[1:])
         return result.images, result.targets
+
+    def standardize(self, images: Tensor) -> Tensor:
+        """The images as they come out of a call that grafts nothing: with the option
+        ``standardize`` standardised, else as they are. For a clean pass that the loop makes.
+        """
+        if self.options.standardize is None:
+            return images
+        checks.check_images(images)
+        checks.check_standardize(images, self.options)
+        affine = functional.affine_of(self.options, images, self._affine())
+        return reference.standardize(images, affine).to(self.options.out_dtype(images))
 
     @property
     def prob(self) -> float:
@@ -258,6 +277,8 @@ class SaliencyGraft(nn.Module):
         self.step.zero_()
         if self.quantiles is not None:
             self.quantiles.copy_(rng.beta_quantiles(self.options.alpha))
+        if (affine := self._made_affine(self.step.device)) is not None:
+            self.affine_bits = affine
         self._host_state = None
 
     def train(self, mode: bool = True) -> Self:
@@ -328,6 +349,17 @@ class SaliencyGraft(nn.Module):
         if self._tap is not None:
             self._tap.spend()
 
+    def _made_affine(self, device: torch.device) -> Tensor | None:
+        """Scale and shift of the channels, as integers, since ``.half()`` casts floats."""
+        if self.options.standardize is None:
+            return None
+        mean, std = self.options.mean_and_std()
+        return reference.affine(mean, std, len(mean)).view(torch.int32).to(device)
+
+    def _affine(self) -> Tensor | None:
+        bits = self._buffers["affine_bits"]
+        return None if bits is None else bits.view(torch.float32)
+
     def _stream(self) -> int:
         return _rank() if self.rank is None else self.rank
 
@@ -385,6 +417,7 @@ class SaliencyGraft(nn.Module):
                 options.label_smoothing,
                 backend=options.backend,
             )
+        images = self.standardize(images)
         return images if copies == 1 else torch.cat([images] * copies), targets
 
     def _tapped_features(self, images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ The operators trust their arguments: :mod:`sg_kernels.functional` checks them fi
 
 import importlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -88,7 +88,11 @@ def _fake_saliency_graft(*args: Any) -> Outputs:
     assert source is not None
     columns = 0 if call.targets is None else call.num_classes
     return Outputs(
-        images=reference.empty_rows(images, rows) if call.out is None else images.new_empty(0),
+        images=(
+            reference.empty_rows(images, rows, call.out_dtype())
+            if call.out is None
+            else call.out.new_empty(0)
+        ),
         lam=images.new_empty(rows, dtype=torch.float32),
         index=images.new_empty(rows, dtype=torch.int64),
         mask=images.new_empty((rows, *call.grid_size), dtype=torch.bool),
@@ -141,26 +145,36 @@ def _fake_quantiles(alpha: float, device: torch.device) -> Tensor:
     return torch.empty(rng.QUANTILE_BINS + 1, dtype=torch.int64, device=device)
 
 
+_library.define("affine(float[] mean, float[] std, SymInt channels, Device device) -> Tensor")
+
+
+@torch.library.register_fake("sg_kernels::affine", lib=_library)
+def _fake_affine(
+    mean: list[float], std: list[float], channels: int, device: torch.device
+) -> Tensor:
+    return torch.empty(2, channels, device=device)
+
+
 MAX_TABLES = 64
-"""Tables of p kept on the CPU, 8 KiB each: a schedule of alpha makes one for every value."""
-_tables: OrderedDict[tuple[float, torch.device], Tensor] = OrderedDict()
-"""The most recently used last."""
+"""Tables kept on the CPU, those of p 8 KiB each: a schedule of alpha makes one for every value."""
+_tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+"""By what they are made of, and their device; the most recently used last."""
 
 
-def quantiles(alpha: float, device: torch.device) -> Tensor:
-    """:func:`rng.beta_quantiles` on ``device``, cached.
+def _table(option: str, key: tuple[Any, ...], make: Callable[..., Tensor]) -> Tensor:
+    """make(...) of what stands before the device, the last of ``key``, cached there.
 
-    While a compiler or a mode traces, call the operator of the same name instead.
+    While a compiler or a mode traces, call the operator of the caller's name instead.
     """
-    key = (alpha, device)
+    *given, device = key
     table = _tables.get(key)
     if table is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"alpha={alpha}: its first call copies a table to the device, which a CUDA graph "
+                f"{option}: its first call copies a table to the device, which a CUDA graph "
                 "cannot capture. Make one call before capturing, or use SaliencyGraft"
             )
-        table = torch.func.debug_unwrap(rng.beta_quantiles(alpha).to(device))
+        table = torch.func.debug_unwrap(make(*given).to(device))
         if type(table) is Tensor:  # a mode that traces makes fake ones
             _tables[key] = table
             _forget_tables()
@@ -171,13 +185,27 @@ def quantiles(alpha: float, device: torch.device) -> Tensor:
 
 def _forget_tables() -> None:
     # Only those on the CPU: a captured CUDA graph may point at any of the others.
-    on_cpu = [key for key in _tables if key[1].type == "cpu"]
+    on_cpu = [key for key in _tables if key[-1].type == "cpu"]
     for key in on_cpu[:-MAX_TABLES]:
         del _tables[key]
 
 
+def quantiles(alpha: float, device: torch.device) -> Tensor:
+    """:func:`rng.beta_quantiles` on ``device``, cached."""
+    return _table(f"alpha={alpha}", (alpha, device), rng.beta_quantiles)
+
+
+def affine(
+    mean: Sequence[float], std: Sequence[float], channels: int, device: torch.device
+) -> Tensor:
+    """:func:`reference.affine` on ``device``, cached."""
+    key = (tuple(mean), tuple(std), int(channels), device)
+    return _table("standardize", key, reference.affine)
+
+
 # A clone: compilers own an operator's output, and may write to it.
 _library.impl("quantiles", lambda *args: quantiles(*args).clone(), "CompositeExplicitAutograd")
+_library.impl("affine", lambda *args: affine(*args).clone(), "CompositeExplicitAutograd")
 
 
 _overloads = {
@@ -244,15 +272,19 @@ class SaliencyGraft(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.backend, call, outputs = inputs[0], Call(*inputs[1:]), Outputs(*output)
-        ctx.save_for_backward(outputs.mask, outputs.index)
+        ctx.save_for_backward(outputs.mask, outputs.index, call.affine)
+        ctx.dtype = call.images.dtype
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.augmentations, ctx.depth = call.augmentations, call.depth
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-        mask, index = ctx.saved_tensors
+        mask, index, affine = ctx.saved_tensors
         if ctx.depth > 1:
             mask = mask.repeat(1, ctx.depth, 1)
+        if affine is not None:  # scaled and added up in float32, and rounded once
+            grad = grad.float() * affine[0][:, None, None]
         gradient = GraftBackward.apply(grad, mask, index, ctx.augmentations, ctx.backend)
+        gradient = gradient.to(ctx.dtype)
         others = [None] * (len(Call._fields) - 1)
         return None, gradient, *others

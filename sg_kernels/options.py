@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sg_kernels.call import NORM, NORMALIZE
+from sg_kernels.call import DTYPES, NORM, NORMALIZE
 
 Normalize = Literal["max", "mean", "none"]
 Selection = Literal["bernoulli", "topk"]
@@ -23,6 +23,8 @@ Label = Literal["saliency", "area"]
 Norm = Literal["l1", "l2", "l2sq"]
 GridSize = tuple[int, int] | Sequence[tuple[int, int]] | None
 Threshold = float | Literal["mean"]
+Numbers = float | Sequence[float]
+Standardize = tuple[Numbers, Numbers] | None
 TokenGrid = tuple[int, int] | Literal["square"] | Callable[[Tensor], tuple[int, int]] | None
 
 TEMPERATURES = 1e-38, 1e38
@@ -117,6 +119,36 @@ def _check_token_grid(name: str, value: Any) -> None:
         )
 
 
+def numbers_of(value: Any) -> tuple[float, ...] | None:
+    """A number or a sequence of numbers as a tuple; None for anything else."""
+    several = [value] if is_number(value) else value
+    if not (isinstance(several, Sequence) and several and all(map(is_number, several))):
+        return None
+    return tuple(float(number) for number in several)
+
+
+def _check_standardize(name: str, value: Any) -> None:
+    pair = value if isinstance(value, Sequence) and len(value) == 2 else (None, None)
+    mean, std = numbers_of(pair[0]), numbers_of(pair[1])
+    if mean is None or std is None or not all(0 < s < math.inf for s in std):
+        raise ValueError(
+            f"{name} must be (mean, std), each a number or a sequence of a number per channel, "
+            f"std > 0; got {value!r}"
+        )
+    if not (len(mean) == len(std) or 1 in (len(mean), len(std))):
+        raise ValueError(f"{name} must have as many means as stds; got {len(mean)} and {len(std)}")
+    # A NaN among the means compares as false.
+    most = min(std) * float(np.finfo(np.float32).max)
+    if not all(abs(number) <= most for number in (1.0, *mean)):
+        raise ValueError(f"{name}: 1 / std and mean / std must be finite in float32; got {value!r}")
+
+
+def _check_dtype(name: str, value: Any) -> None:
+    if value not in DTYPES:
+        accepted = " or ".join(map(str, DTYPES))
+        raise ValueError(f"{name} must be {accepted}, or None; got {value!r}")
+
+
 def _one_of(*names: str) -> Check:
     accepted = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
 
@@ -156,6 +188,8 @@ class Options:
     channel_dim: Annotated[int, _check_channel_dim] = 1
     token_grid: Annotated[TokenGrid, _or_none(_check_token_grid)] = None
     prefix_tokens: Annotated[int, _at_least(0)] = 0
+    standardize: Annotated[Standardize, _or_none(_check_standardize)] = None
+    dtype: Annotated[torch.dtype | None, _or_none(_check_dtype)] = None
     backend: str | None = None
     """Checked by backends.choose, as what can run depends on the tensors of a call."""
 
@@ -164,10 +198,29 @@ class Options:
             check(name, getattr(self, name))
         if (self.selection == "topk") != (self.k is not None):
             raise ValueError(f"k goes with selection='topk'; got k={self.k!r}, {self.selection!r}")
+        if self.dtype is not None and self.standardize is None:
+            raise ValueError(
+                "dtype goes with standardize=(mean, std): grafting alone copies images as they are"
+            )
 
     def norm_position(self) -> int:
         """What :attr:`sg_kernels.call.Call.norm` is for these options."""
         return NORM.index("area" if self.label == "area" else self.norm)
+
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Those of ``standardize``, as many of one as of the other: one, or one per channel."""
+        assert self.standardize is not None
+        mean, std = map(numbers_of, self.standardize)
+        assert mean is not None
+        assert std is not None
+        count = max(len(mean), len(std))
+        return mean * (count // len(mean)), std * (count // len(std))
+
+    def out_dtype(self, images: Tensor) -> torch.dtype:
+        """What images come out in."""
+        if self.standardize is None or (self.dtype is None and images.is_floating_point()):
+            return images.dtype
+        return self.dtype or torch.float32
 
     def sizes(self, map_size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         """The grid sizes of a call: the map's own, the one given, or those to draw from."""
@@ -197,6 +250,8 @@ class OptionTypes(TypedDict, total=False):
     channel_dim: int
     token_grid: TokenGrid
     prefix_tokens: int
+    standardize: Standardize
+    dtype: torch.dtype | None
     backend: str | None
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sg_kernels import backends, functional
 from sg_kernels.backends import reference
-from sg_kernels.call import NORM
-from sg_kernels.checks import FEATURE_DTYPES, IMAGE_DTYPES
+from sg_kernels.call import DTYPES, NORM
+from sg_kernels.checks import FEATURE_DTYPES, IMAGE_DTYPES, STANDARDIZED_DTYPES
 from sg_kernels.options import Options
 
 BATCH, CHANNELS, SIDE, CLASSES = 6, 3, 24, 7
@@ -44,6 +44,11 @@ def random_images(dtype: torch.dtype, size: tuple[int, ...] = (SIDE, SIDE)) -> T
         return torch.randint(0, 2, shape).bool()
     raw = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8)
     return raw.flatten(-2).view(dtype)
+
+
+def random_pixels(dtype: torch.dtype) -> Tensor:
+    """0 .. 255, as NaNs have no payload to compare once they are reckoned with."""
+    return (255 * torch.rand(BATCH, CHANNELS, SIDE, SIDE)).to(dtype)
 
 
 def random_features(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -98,6 +103,13 @@ def cases() -> Iterator[Case]:
         for dtype in (torch.uint8, torch.float32):
             videos = random_images(dtype, (3, SIDE, SIDE)).contiguous(memory_format=memory_format)
             yield Case("videos", f"{memory_format}, {dtype}", videos, features, {})
+    for pixels in STANDARDIZED_DTYPES:
+        for dtype in DTYPES:
+            for name, layout in LAYOUTS.items():
+                images = layout(random_pixels(pixels))
+                options = {"standardize": ((124, 116, 104), (58, 57.1, 57.4)), "dtype": dtype}
+                label = f"{pixels} to {dtype}, {name}"
+                yield Case("standardised images", label, images, features, options)
     for dtype in FEATURE_DTYPES:
         for name, layout in LAYOUTS.items():
             given = {"features": layout(random_features(dtype))}
@@ -144,6 +156,9 @@ def differences(case: Case, device: str, backend: str, seed: int) -> list[str]:
     grid = reference.resample(expected_saliency, (expected.mask.shape[1], expected.mask.shape[2]))
     unsure = unsure_cells(grid, case).repeat(options.augmentations, 1, 1)
     copied = functional.graft(images, found.mask, found.index, backend="reference")
+    if options.standardize is not None:
+        affine = reference.affine(*options.mean_and_std(), CHANNELS).to(images.device)
+        copied = reference.standardize(copied, affine).to(options.out_dtype(images))
     lam = reference.label_ratio(grid, found.mask, found.index, NORM[options.norm_position()])
     targets = reference.mix_targets(ids, lam, found.index, CLASSES, options.label_smoothing)
     agrees = {

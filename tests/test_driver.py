@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sg_kernels import backends, rng
-from sg_kernels.call import NORM, NORMALIZE, Call
+from sg_kernels.backends import reference
+from sg_kernels.call import DTYPES, NORM, NORMALIZE, Call
 
 if backends.INTERPRETED or backends._UNLOADED["triton"]:
     pytest.skip(backends._UNLOADED["triton"] or "nothing is compiled", allow_module_level=True)
@@ -153,9 +154,9 @@ def check_launches(observed, operator, calls, expected_of):
         assert len(kernels) == loaded + compiled, "the first call compiles, the second does not"
 
 
-def tiles_of(planned, images, out, depth=1):
+def tiles_of(planned, images, out, depth=1, standardized=False):
     """The tiles as the plan has them, sides and strides as the images do. With a ``depth`` the
-    planes take the channels' place.
+    planes take the channels' place. If ``standardized`` a lane is an element, else some bytes.
     """
     height = images.shape[2] // depth
     names, axes = ("channels", "height", "width"), ("image", "channel", "y", "x")
@@ -165,7 +166,9 @@ def tiles_of(planned, images, out, depth=1):
             f"tiles.sides.{name}": size,
             f"tiles.sides.per_{name}": plan.reciprocal(size),
         }
-    chunk = planned.unit_bytes * planned.layout.lanes // images.element_size()
+    chunk = planned.layout.lanes
+    if not standardized:
+        chunk = planned.unit_bytes * chunk // images.element_size()
     for name, tensor in (("source", images), ("out", out)):
         for axis, count, stride in zip(axes, tensor.shape, tensor.stride()):
             given[f"tiles.{name}.{axis}"] = stride // chunk if count > 1 else 0
@@ -215,9 +218,10 @@ def expected_channel_saliency(observed, arguments, saliency):
     return [Expected(operators.saliency_kernel, programs, plan.THREADS, given)]
 
 
-def expected_graft(observed, images, mask, index, out):
+def expected_graft(observed, images, mask, index, out, affine=None):
     planned = observed.plans["tile"]
-    given = tiles_of(planned, images, out) | {
+    given = tiles_of(planned, images, out, standardized=affine is not None) | {
+        "memory.affine": affine,
         "memory.images": images,
         "memory.out": out,
         "memory.mask": mask,
@@ -266,7 +270,9 @@ def expected_saliency_graft(observed, arguments, outputs):
         expected_launch_2(observed, call, planned, outputs, out),
     ]
     if not planned.at_once:
-        expected += expected_graft(observed, call.images, outputs.mask, outputs.index, out)
+        expected += expected_graft(
+            observed, call.images, outputs.mask, outputs.index, out, call.affine
+        )
     return expected
 
 
@@ -304,7 +310,7 @@ def expected_launch_2(observed, call, planned, outputs, out):
     first, splits = observed.memory[0], planned.saliency.splits
     source = call.features if call.saliency is None else call.saliency
     size = source.shape[-2:] if first.grid is None else call.grid_size
-    given = tiles_of(planned.tile, call.images, out, call.depth)
+    given = tiles_of(planned.tile, call.images, out, call.depth, call.affine is not None)
     given |= numbers("maps", planned.grids) | sizes(size, call.grid_size)
     given |= {
         "memory.images": call.images,
@@ -320,6 +326,7 @@ def expected_launch_2(observed, call, planned, outputs, out):
         "memory.lam": outputs.lam,
         "memory.mask": outputs.mask,
         "memory.mixed": outputs.targets,
+        "memory.affine": call.affine,
         "rows.batch": len(call.images),
         "rows.rows": call.augmentations * len(call.images),
         "rows.parts": planned.rows.parts,
@@ -417,6 +424,24 @@ VARIANTS = {
             "images": torch.rand(1, 3, 40, 44),
             "features": torch.rand(1, 4, 40, 44),
             "grid_size": (40, 44),
+        },
+        {"temperature": 0.1},
+    ),
+    "standardised": (
+        {
+            "images": torch.randint(256, (2, 3, 10, 16), dtype=torch.uint8),
+            "affine": reference.affine((1, 2, 3), (4, 5, 6), 3),
+            "dtype": DTYPES.index(torch.bfloat16),
+        },
+        {"affine": reference.affine((3,), (2,), 3)},
+    ),
+    "standardised, third launch": (
+        {
+            "images": channels_last(1, 3, 40, 44, dtype=torch.float32),
+            "features": torch.rand(1, 4, 40, 44),
+            "grid_size": (40, 44),
+            "affine": reference.affine((3,), (2,), 3),
+            "dtype": DTYPES.index(torch.float16),
         },
         {"temperature": 0.1},
     ),

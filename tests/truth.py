@@ -141,6 +141,24 @@ def graft(images, mask, index):
     return torch.from_numpy(out).flatten(-2).view(images.dtype)
 
 
+def standardize(images, mean, std, dtype):
+    """Scaled, shifted and cast, each rounded once; channel by channel."""
+    out = np.empty(images.shape, np.float32)
+    for c in range(images.shape[1]):
+        mean_c, std_c = (np.ravel(value)[c if np.size(value) > 1 else 0] for value in (mean, std))
+        scale, shift = np.float32(1 / np.float64(std_c)), np.float32(-mean_c / np.float64(std_c))
+        with np.errstate(all="ignore"):
+            out[:, c] = images[:, c].float().numpy() * scale
+            out[:, c] += shift
+    if dtype == torch.bfloat16:  # which NumPy has not: to the nearest, ties to even
+        raw = out.view(np.uint32).astype(np.uint64)
+        raw = (raw + 0x7FFF + (raw >> 16 & 1)) >> 16
+        bfloat = torch.from_numpy(raw.astype(np.uint16)).view(torch.bfloat16)
+        return torch.where(torch.from_numpy(np.isnan(out)), torch.nan, bfloat)
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(out.astype({torch.float16: np.float16}.get(dtype, np.float32)))
+
+
 def shares(saliency, mask, index, norm="l1"):
     """I(S_i, M) and I(S_j, 1 - M) of every row."""
     power, root = {"l1": (1, 1), "l2": (2, 2), "l2sq": (2, 1)}[norm]

@@ -63,6 +63,7 @@ def readable(mangled: str) -> str:
     match = re.search(r"\d([a-z][a-z_]*_kernel)(?!s)(?:I(?:N3c1\d+)?([a-zA-Z]\w*?)E)?", mangled)
     assert match
     numbers = {"d": "double", "f": "float", "Half": "half", "BFloat16": "bfloat16"}
+    numbers["Lb1"] = "standardised"
     return f"{match[1]}<{numbers[match[2]]}>" if match[2] in numbers else match[1]
 
 

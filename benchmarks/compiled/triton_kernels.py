@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.compiled.cuobjdump import count_instructions, dump
 from sg_kernels.backends.triton import operators
 from sg_kernels.backends.triton.launch import options_of, source
-from sg_kernels.call import NORM, NORMALIZE, Call
+from sg_kernels.call import DTYPES, NORM, NORMALIZE, Call
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -145,6 +145,14 @@ def main_shapes() -> Iterator[Launch]:
                 recorded = saliency_graft(images, features=features)[1]
                 name = f"graft {side}x{side} {cells}x{cells} {short[dtype]}{' cl' if last else ''}"
                 yield Launch(name, *recorded, 2 * size(images), True)
+    for last in (False, True):
+        images = meta(256, 3, 224, 224, dtype=torch.uint8, channels_last=last)
+        features = meta(256, 2048, 7, 7, dtype=torch.bfloat16)
+        affine = meta(2, 3, dtype=torch.float32)
+        dtype = DTYPES.index(torch.bfloat16)
+        recorded = saliency_graft(images, features=features, affine=affine, dtype=dtype)[1]
+        name = f"graft 224x224 7x7 u8 to bf16{' cl' if last else ''}"
+        yield Launch(name, *recorded, 3 * size(images), True)
 
 
 def other_kernels() -> Iterator[Launch]:

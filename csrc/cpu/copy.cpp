@@ -128,13 +128,14 @@ void find_runs(const bool* cells, std::int64_t count, std::int64_t width, std::v
 }
 
 Lines lines_of(const Batch& from, const Batch& to) {
-  const auto side_by_side = [&](std::int64_t pixel) {
-    return from.width == 1 || (from.column_stride == pixel && to.column_stride == pixel);
+  const auto side_by_side = [&](std::int64_t numbers) {
+    return from.width == 1 || (from.column_stride == numbers * from.element &&
+                               to.column_stride == numbers * to.element);
   };
-  const std::int64_t element = from.element, whole = from.channels * element;
-  const bool together = from.channel_stride == element && to.channel_stride == element;
-  if (together && side_by_side(whole)) return {1, from.height, from.width, whole, true};
-  return {from.channels, from.height, from.width, element, side_by_side(element)};
+  const bool together = from.channel_stride == from.element && to.channel_stride == to.element;
+  if (together && side_by_side(from.channels))
+    return {1, from.height, from.width, from.channels * from.element, true};
+  return {from.channels, from.height, from.width, from.element, side_by_side(1)};
 }
 
 std::vector<std::int64_t> along_cycles(
@@ -166,14 +167,17 @@ void finish_streams() {
 #endif
 }
 
-Grafter::Grafter(const Batch& images, Grid grid, std::int64_t depth, const Batch& out)
+Grafter::Grafter(
+    const Batch& images, Grid grid, std::int64_t depth, const Standardize& standardize,
+    const Batch& out)
     : images_(images),
       out_(out),
       grid_(grid),
       depth_(depth),
       lines_(lines_of(images, out)),
+      standardizer_(standardize, lines_.width, lines_.pixel / images.element),
       line_(lines_.width * lines_.pixel),
-      stream_(is_streamed(lines_, out, grid)) {}
+      stream_(!standardize.wanted() && is_streamed(lines_, out, grid)) {}
 
 void Grafter::graft(const bool* mask, const Strip& strip) {
   char* to = out_.data + strip.row * out_.batch_stride;
@@ -194,17 +198,18 @@ void Grafter::graft_band(
     char* to, const char* own, const char* other, std::int64_t begin, std::int64_t end) {
   // Reading both images is faster than mispredicting the ends of runs shorter than this.
   constexpr std::int64_t kBlended = 48;
-  blended_ = lines_.dense && !stream_ && line_ < kBlended * static_cast<std::int64_t>(runs_.size());
+  const bool copied = lines_.dense && !standardizer_.wanted();
+  blended_ = copied && !stream_ && line_ < kBlended * static_cast<std::int64_t>(runs_.size());
   if (blended_) spread_runs(runs_, lines_.pixel, taken_);
   const bool one_block =
-      runs_.size() == 1 && lines_.dense && out_.row_stride == line_ && images_.row_stride == line_;
+      runs_.size() == 1 && copied && out_.row_stride == line_ && images_.row_stride == line_;
   for (std::int64_t c = 0; c < lines_.channels; ++c) {
     if (one_block)
       copy_bytes(
           to + begin * line_, (runs_[0].own ? own : other) + begin * line_, (end - begin) * line_,
           stream_);
     else
-      graft_lines(to, own, other, begin, end);
+      graft_lines(to, own, other, begin, end, c);
     to += out_.channel_stride;
     own += images_.channel_stride;
     other += images_.channel_stride;
@@ -213,7 +218,8 @@ void Grafter::graft_band(
 
 // Copies lines [begin, end) of one channel.
 void Grafter::graft_lines(
-    char* to, const char* own, const char* other, std::int64_t begin, std::int64_t end) {
+    char* to, const char* own, const char* other, std::int64_t begin, std::int64_t end,
+    std::int64_t channel) {
   constexpr std::int64_t kLinesAhead = 2;  // far enough for memory, near enough for the caches
   for (std::int64_t y = begin; y < end; ++y) {
     const std::int64_t from = y * images_.row_stride;
@@ -222,16 +228,18 @@ void Grafter::graft_lines(
     if (blended_)
       blend(to_line, own + from, other + from, taken_.data(), line_);
     else
-      graft_line(to_line, own + from, other + from);
+      graft_line(to_line, own + from, other + from, channel);
   }
 }
 
-void Grafter::graft_line(char* to, const char* own, const char* other) {
+void Grafter::graft_line(char* to, const char* own, const char* other, std::int64_t channel) {
   for (const Run& run : runs_) {
     const char* from = (run.own ? own : other) + run.begin * images_.column_stride;
     char* target = to + run.begin * out_.column_stride;
     const std::int64_t count = run.end - run.begin;
-    if (lines_.dense)
+    if (standardizer_.wanted())
+      standardizer_.copy(target, out_.column_stride, from, images_.column_stride, count, channel);
+    else if (lines_.dense)
       copy_bytes(target, from, count * lines_.pixel, stream_);
     else
       copy_pixels(lines_.pixel, target, out_.column_stride, from, images_.column_stride, count);
@@ -244,7 +252,7 @@ void graft(
     const Batch& images, const bool* mask, Grid grid, const std::int64_t* index, const Batch& out,
     const Context&) {
   cpu::for_each_strip(
-      images, grid, index, out, [&] { return cpu::Grafter(images, grid, 1, out); },
+      images, grid, index, out, [&] { return cpu::Grafter(images, grid, 1, {}, out); },
       [&](const cpu::Strip& strip, cpu::Grafter& grafter) {
         grafter.graft(mask + strip.row * grid.cells(), strip);
       });

@@ -5,6 +5,7 @@
 
 #include "../backend.h"
 #include "parallel.h"
+#include "standardize.h"
 
 namespace sg_kernels::cpu {
 
@@ -20,7 +21,7 @@ void find_runs(const bool* cells, std::int64_t count, std::int64_t width, std::v
 // Two batches of the same size as lines of pixels. If the channels of a pixel lie together in both,
 // they count as one pixel with one channel.
 struct Lines {
-  std::int64_t channels, height, width, pixel;  // pixel in bytes
+  std::int64_t channels, height, width, pixel;  // pixel in bytes, of the first batch
   bool dense;                                   // the pixels of a line lie side by side
 };
 
@@ -36,20 +37,24 @@ struct Strip {
 // Copies the strips of one batch.
 class Grafter {
  public:
-  Grafter(const Batch& images, Grid grid, std::int64_t depth, const Batch& out);
+  Grafter(
+      const Batch& images, Grid grid, std::int64_t depth, const Standardize& standardize,
+      const Batch& out);
   void graft(const bool* mask, const Strip& strip);  // the mask of the whole row
 
  private:
   void graft_band(
       char* to, const char* own, const char* other, std::int64_t begin, std::int64_t end);
   void graft_lines(
-      char* to, const char* own, const char* other, std::int64_t begin, std::int64_t end);
-  void graft_line(char* to, const char* own, const char* other);
+      char* to, const char* own, const char* other, std::int64_t begin, std::int64_t end,
+      std::int64_t channel);
+  void graft_line(char* to, const char* own, const char* other, std::int64_t channel);
 
   const Batch &images_, &out_;
   Grid grid_;
   std::int64_t depth_;
   Lines lines_;
+  Standardizer standardizer_;
   std::int64_t line_;  // bytes of a line, if dense
   bool stream_;
   bool blended_ = false;

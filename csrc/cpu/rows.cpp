@@ -42,7 +42,7 @@ class RowWorker {
             call.map.cells() > 0 &&
             (call.map.height != call.grid.height || call.map.width != call.grid.width)),
         cells_(call.grid.cells()),
-        grafter_(call.images, call.grid, call.depth, outputs.images),
+        grafter_(call.images, call.grid, call.depth, call.standardize, outputs.images),
         own_grid_(resampled_ ? cells_ : 0),
         other_grid_(resampled_ ? cells_ : 0),
         keep_(std::make_unique<bool[]>(cells_)),

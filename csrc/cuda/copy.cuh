@@ -188,7 +188,7 @@ __device__ inline std::int64_t destination(
 
 // Copies whole rows, whose masks and index are given.
 void launch_copy(
-    const Tile& tile, const Batch& images, const bool* mask, Grid grid, const std::int64_t* index,
-    const Batch& out, const Context& context);
+    const Tile& tile, const Standardize& standardize, const Batch& images, const bool* mask,
+    Grid grid, const std::int64_t* index, const Batch& out, const Context& context);
 
 }  // namespace sg_kernels::cuda

@@ -202,13 +202,34 @@ Tile plan_tile(
   return tile;
 }
 
+// A batch as if its elements had `element` bytes.
+Batch narrowed(Batch batch, std::int64_t element) {
+  const std::int64_t ratio = batch.element / element;
+  batch.data = reinterpret_cast<char*>(
+      reinterpret_cast<std::uintptr_t>(batch.data) / static_cast<std::uintptr_t>(ratio));
+  for (std::int64_t* stride :
+       {&batch.batch_stride, &batch.channel_stride, &batch.row_stride, &batch.column_stride})
+    *stride /= ratio;
+  batch.element = element;
+  return batch;
+}
+
+// The tiles of a call's images; see standardize.cuh.
+Tile plan_images(const Call& call, const Batch& out, int multiprocessors) {
+  const bool arithmetic = call.standardize.wanted();
+  const std::int64_t element = std::min(call.images.element, out.element);
+  return plan_tile(
+      narrowed(call.images, element), narrowed(out, element), call.grid, call.depth, arithmetic,
+      multiprocessors);
+}
+
 Plan plan_call(const Call& call, const Batch& out, int multiprocessors) {
   const Grid map = call.map, grid = call.grid;
   check_extents(
       "grid_size",
       {map.cells(), grid.cells(), (map.height + 1) * grid.height, (map.width + 1) * grid.width});
   Plan plan{};
-  plan.tile = plan_tile(call.images, out, grid, call.depth, false, multiprocessors);
+  plan.tile = plan_images(call, out, multiprocessors);
   const std::int64_t values = values_of(map, grid);
   plan.lanes = std::min(kWarp, next_power_of_2(values));
   std::int64_t terms;

@@ -7,6 +7,7 @@
 #include "cells.cuh"
 #include "copy.cuh"
 #include "saliency.cuh"
+#include "standardize.cuh"
 
 namespace sg_kernels {
 namespace cuda {
@@ -50,6 +51,7 @@ __device__ void finish_row(
 }
 
 // One task of launch 2: works out a row's mask and copies a part of its tiles.
+template <bool kStandardized>
 __device__ void rows_task(const RowsWork& work, int task) {
   __shared__ float held[2 * kMaxCells];
   __shared__ bool mask[kMaxCells];
@@ -82,21 +84,24 @@ __device__ void rows_task(const RowsWork& work, int task) {
   }
   // Last, when the registers of the stages before are free.
   if (work.at_once)
-    copy_tiles(
-        work.tile, part, work.parts, call.images, work.outputs.images,
+    graft_tiles<kStandardized>(
+        work.tile, part, work.parts, call.standardize, call.images, work.outputs.images,
         {call.images, work.outputs.images, row, own, other, kept});
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) graft_rows_kernel(RowsWork work) {
-  rows_task(work, static_cast<int>(blockIdx.x));
+template <bool kStandardized>
+__global__ void __launch_bounds__(kThreads, kCopyBlocksPerSm<kStandardized>)
+    graft_rows_kernel(RowsWork work) {
+  rows_task<kStandardized>(work, static_cast<int>(blockIdx.x));
 }
 
 // Both launches in one: the blocks wait for each other in between.
+template <bool kStandardized>
 __global__ void __launch_bounds__(kThreads, kLargeBlocksPerSm)
     saliency_graft_kernel(SaliencyWork saliency, RowsWork rows) {
   if (blockIdx.x < saliency.tasks()) saliency_task(saliency, blockIdx.x);
   cooperative_groups::this_grid().sync();
-  rows_task(rows, static_cast<int>(blockIdx.x));
+  rows_task<kStandardized>(rows, static_cast<int>(blockIdx.x));
 }
 
 // The arguments of stage 8 alone.
@@ -188,15 +193,19 @@ void saliency_graft(const Call& call, const Outputs& outputs, const Context& con
   // One block at least, so that the step advances for an empty batch, too.
   const std::int64_t blocks = std::max<std::int64_t>(1, rows.tasks());
   const std::int64_t all = std::max(blocks, saliency.tasks());
-  if (plan.at_once && fits(saliency_graft_kernel, all, sms)) {
-    launch(saliency_graft_kernel, all, true, context, saliency, rows);
+  const bool standardized = call.standardize.wanted();
+  const auto single = standardized ? saliency_graft_kernel<true> : saliency_graft_kernel<false>;
+  if (plan.at_once && fits(single, all, sms)) {
+    launch(single, all, true, context, saliency, rows);
     return;
   }
   if (saliency.tasks() > 0) launch_saliency(saliency, context);
-  launch(graft_rows_kernel, blocks, false, context, rows);
+  const auto second = standardized ? graft_rows_kernel<true> : graft_rows_kernel<false>;
+  launch(second, blocks, false, context, rows);
   if (!plan.at_once)
     launch_copy(
-        plan.tile, call.images, outputs.mask, call.grid, outputs.index, outputs.images, context);
+        plan.tile, call.standardize, call.images, outputs.mask, call.grid, outputs.index,
+        outputs.images, context);
 }
 
 void mix_targets(

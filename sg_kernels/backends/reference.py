@@ -8,6 +8,8 @@ source, onto image ``index[row]``, the destination. Maps are float32 (B, h, w); 
 (gh, gw).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -140,6 +142,22 @@ def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None
     return out
 
 
+def affine(mean: Sequence[float], std: Sequence[float], channels: int) -> Tensor:
+    """The scale 1 / std and the shift -mean / std of each channel, float32 (2, channels).
+
+    Rounded once, from float64. Each of the means counts for as many channels, side by side.
+    """
+    pairs = [[1 / s for s in std], [-m / s for m, s in zip(mean, std)]]
+    rounded = torch.tensor(pairs, dtype=torch.float64, device="cpu").float()
+    return rounded.repeat_interleave(channels // len(mean), dim=1)
+
+
+def standardize(images: Tensor, affine: Tensor) -> Tensor:
+    """Stage 6, with ``affine``: images * scale + shift in float32, rounded after each step."""
+    scale, shift = affine.view(2, -1, *[1] * (images.dim() - 2))
+    return images.float() * scale + shift
+
+
 def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int) -> Tensor:
     """The gradient of stage 6: each pixel's gradient goes to the image it was copied from."""
     (rows, gh, gw), (height, width) = mask.shape, grad.shape[2:]
@@ -216,13 +234,13 @@ def in_range(value: Tensor, size: int) -> Tensor:
     return (value >= 0) & (value < size)
 
 
-def empty_rows(images: Tensor, rows: int) -> Tensor:
+def empty_rows(images: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised output of ``rows`` images, in the memory format of ``images``."""
     channels_last = is_channels_last(images)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(
         (rows, *images.shape[1:]),
-        dtype=images.dtype,
+        dtype=dtype or images.dtype,
         device=images.device,
         memory_format=memory_format,
     )
@@ -275,7 +293,15 @@ def saliency_graft(call: Call) -> Outputs:
         keep = select(grid, normalize, call.temperature, call.threshold, call.k)
         mask = sample(keep, seed, p)
     mask = gate(mask, grafts)
-    grafted = graft(images, mask.repeat(1, call.depth, 1), index, call.out)
+    over_depth = mask.repeat(1, call.depth, 1)
+    if call.affine is None:
+        grafted = graft(images, over_depth, index, call.out)
+    else:
+        exact = standardize(graft(images, over_depth, index), call.affine)
+        out = call.out
+        if out is None:
+            out = empty_rows(images, mask.shape[0], call.out_dtype())
+        grafted = out.copy_(exact)
     lam = label_ratio(grid, mask, index, norm)
     if targets is None:
         mixed = lam.new_empty(lam.shape[0], 0)
@@ -284,5 +310,5 @@ def saliency_graft(call: Call) -> Outputs:
         if targets.dim() == 1:  # lam, too, shows which rows have a class id out of range
             lam = torch.where(mixed[:, 0].isnan(), torch.nan, lam)
     if call.out is not None:
-        grafted = images.new_empty(0)
+        grafted = call.out.new_empty(0)
     return Outputs(grafted, lam, index, mask, saliency, mixed)

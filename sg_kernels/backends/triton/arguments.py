@@ -104,6 +104,8 @@ class RowsMemory(NamedTuple):
     lam: Tensor
     mask: Tensor
     mixed: Tensor
+    affine: Tensor | None
+    """Scale and shift of each channel; None where images are copied as they are."""
 
 
 class Rows(NamedTuple):
@@ -154,6 +156,8 @@ class GraftMemory(NamedTuple):
     out: Address
     mask: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    affine: Tensor | None = None
+    """As in :class:`RowsMemory`."""
 
 
 class Sides(NamedTuple):

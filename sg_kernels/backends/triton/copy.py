@@ -76,6 +76,19 @@ def load_taken(pointer, offset, inside, taken, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def standardize(value, affine, place, sides, DTYPE: tl.constexpr, LAYOUT: tl.constexpr):
+    """value * scale + shift of its channel, which launch.OPTIONS keeps from being fused."""
+    channel, _, chunk = place
+    if LAYOUT.channels_last:
+        lane = chunk[:, None] * LAYOUT.lanes + tl.arange(0, LAYOUT.lanes)[None, :]
+        channel = (lane - quotient(lane, sides.per_channels) * sides.channels)[None, :, :]
+    else:  # lines past the last have channels past the last
+        channel = tl.minimum(channel, sides.channels - 1)[:, None, None]
+    scale, shift = tl.load(affine + channel), tl.load(affine + sides.channels + channel)
+    return (value.to(tl.float32) * scale + shift).to(DTYPE)
+
+
+@triton.jit
 def copy_tile(
     memory,
     tiles,
@@ -86,16 +99,17 @@ def copy_tile(
     inside,
     from_own,
     UNIT: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
     """Copies the chunks ``inside`` to a row: from image ``own``, or where not ``from_own`` from
-    image ``other``.
+    image ``other``. Standardised where ``memory`` has what that takes.
     """
     offset = tile_offset(place, tiles.sides, tiles.source, LAYOUT)
     out_offset = tile_offset(place, tiles.sides, tiles.out, LAYOUT)
     own, other = own * tiles.source.image, other * tiles.source.image
     images = chunks_of(memory.images, UNIT, LAYOUT.lanes)
-    out = chunks_of(memory.out, UNIT, LAYOUT.lanes) + row * tiles.out.image * LAYOUT.lanes
+    out = chunks_of(memory.out, OUT_UNIT, LAYOUT.lanes) + row * tiles.out.image * LAYOUT.lanes
     if LAYOUT.uniform:
         # The address is chosen, not the value: one access per chunk.
         start = tl.where(from_own, own, other)
@@ -106,6 +120,8 @@ def copy_tile(
             load_taken(images, own + offset, inside, from_own, LAYOUT),
             load_taken(images, other + offset, inside, ~from_own, LAYOUT),
         )
+    if memory.affine is not None:
+        value = standardize(value, memory.affine, place, tiles.sides, OUT_UNIT, LAYOUT)
     store_chunks(out, out_offset, inside, value, LAYOUT.lanes)
 
 
@@ -116,6 +132,7 @@ def graft_kernel(
     tiles: Tiles,
     grid: Size,
     UNIT: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
     """The graft of a mask that lies in memory; one program per (row, tile)."""
@@ -127,4 +144,4 @@ def graft_kernel(
     place, inside = tile_lines(tile, tiles, LAYOUT)
     cell = tile_cells(place, tiles, grid, LAYOUT)
     from_own = tl.load(memory.mask + row * grid.height * grid.width + cell) != 0
-    copy_tile(memory, tiles, row, own, other, place, inside, from_own, UNIT, LAYOUT)
+    copy_tile(memory, tiles, row, own, other, place, inside, from_own, UNIT, OUT_UNIT, LAYOUT)

@@ -37,6 +37,8 @@ FLOATS = {
     torch.float64: tl.float64,
 }
 """What features and gradients are read as."""
+NUMBERS = {torch.uint8: tl.uint8, **FLOATS}
+"""What images are read and written as where they come out standardised."""
 NO_PAIRING = Pairing(programs=0, rank=0, seed=0)
 
 
@@ -62,15 +64,29 @@ def _layout(source: Tensor) -> tuple[Any, ...]:
 
 
 def _copy_layout(images: Tensor, out: Tensor) -> tuple[Any, ...]:
-    """What the plan asks of images and their copy."""
+    """What the plan asks of images and their copy. Where the elements of one are wider, it counts
+    bytes as if they were as narrow as the other's.
+    """
+    element, address, out_address = images.element_size(), images.data_ptr(), out.data_ptr()
+    if (out_element := out.element_size()) != element:
+        narrow = min(element, out_element)
+        address, out_address = address * narrow // element, out_address * narrow // out_element
+        element = narrow
     return (
         out.shape[0],
         images.shape,
         images.stride(),
         out.stride(),
-        images.element_size(),
-        plan.alignment(images.data_ptr(), out.data_ptr()),
+        element,
+        plan.alignment(address, out_address),
     )
+
+
+def _units(images: Tensor, out: Tensor, tile: plan.Tile, standardized: bool) -> tuple[Any, Any]:
+    """What images are read and written as."""
+    if standardized:
+        return NUMBERS[images.dtype], NUMBERS[out.dtype]
+    return UNITS[tile.unit_bytes], UNITS[tile.unit_bytes]
 
 
 def _tile(
@@ -120,13 +136,20 @@ def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None
     return images.new_empty(0)
 
 
-def _graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor, depth: int = 1) -> None:
+def _graft(
+    images: Tensor,
+    mask: Tensor,
+    index: Tensor,
+    out: Tensor,
+    depth: int = 1,
+    affine: Tensor | None = None,
+) -> None:
     if out.numel() == 0:
         return
     grid = Size(*mask.shape[1:])
-    tile = _tile(images, out, grid, depth=depth)
-    if tile is None:
-        reference.graft(images, mask.repeat(1, depth, 1), index, out)
+    tile = _tile(images, out, grid, affine is not None, depth)
+    if tile is None:  # only where no call has been planned
+        reference.graft(images, mask, index, out)
         return
     with _on(images):
         launch(
@@ -135,13 +158,13 @@ def _graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor, depth: int 
             plan.THREADS,
             (
                 GraftMemory(
-                    images.data_ptr(), out.data_ptr(), mask.contiguous(), index.contiguous()
+                    images.data_ptr(), out.data_ptr(), mask.contiguous(), index.contiguous(), affine
                 ),
                 images.shape[0],
                 tile.tiles,
                 grid,
             ),
-            UNITS[tile.unit_bytes],
+            *_units(images, out, tile, affine is not None),
             tile.layout,
         )
 
@@ -216,7 +239,7 @@ def saliency_graft(*args: Any) -> Outputs:
     source = call.features if call.saliency is None else call.saliency
     assert source is not None
     if out is None:
-        out = reference.empty_rows(images, call.augmentations * images.shape[0])
+        out = reference.empty_rows(images, call.augmentations * images.shape[0], call.out_dtype())
     planned = plan.saliency_graft(
         *_copy_layout(images, out),
         *_layout(source),
@@ -224,6 +247,7 @@ def saliency_graft(*args: Any) -> Outputs:
         tuple(call.grid_size),
         multiprocessors(images.get_device()),
         call.depth,
+        call.affine is not None,
     )
     if planned is None:
         outputs = reference.saliency_graft(call._replace(out=out))
@@ -233,15 +257,19 @@ def saliency_graft(*args: Any) -> Outputs:
         maps, call_seed = _launch_1(planned, call, source, outputs)
         _launch_2(planned, call, maps, call_seed, out, outputs)
     if not planned.at_once:
-        _graft(images, outputs.mask, outputs.index, out, call.depth)
+        _graft(images, outputs.mask, outputs.index, out, call.depth, _affine(call))
     return outputs
+
+
+def _affine(call: Call) -> Tensor | None:
+    return None if call.affine is None else call.affine.contiguous()
 
 
 def _empty_outputs(planned: plan.Plan, call: Call, out: Tensor) -> Outputs:
     images, rows = call.images, out.shape[0]
     columns = 0 if call.targets is None else call.num_classes
     return Outputs(
-        out if call.out is None else images.new_empty(0),
+        out if call.out is None else out.new_empty(0),
         images.new_empty(rows, dtype=torch.float32),
         images.new_empty(rows, dtype=torch.int64),
         images.new_empty(rows, *planned.maps.grid, dtype=torch.bool),
@@ -322,6 +350,7 @@ def _launch_2(
                 lam=outputs.lam,
                 mask=outputs.mask,
                 mixed=outputs.targets,
+                affine=_affine(call),
             ),
             rows,
             tile.tiles,
@@ -344,7 +373,7 @@ def _launch_2(
         ),
         planned.cells,
         planned.at_once,
-        UNITS[tile.unit_bytes],
+        *_units(call.images, out, tile, call.affine is not None),
         tile.layout,
         overlaps(call.images.get_device()),
     )

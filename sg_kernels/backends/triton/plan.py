@@ -415,6 +415,7 @@ def saliency_graft(
     grid_size: tuple[int, int],
     multiprocessors: int,
     depth: int = 1,
+    standardized: bool = False,
 ) -> Plan | None:
     """The source: a ``ready`` map, or features. None for what is too large, and for no rows."""
     size, grid = Size(*source_shape[-2:]), Size(*grid_size)
@@ -441,7 +442,7 @@ def saliency_graft(
         itemsize,
         aligned,
         grid_size,
-        False,
+        standardized,
         threads,
         multiprocessors,
         depth,

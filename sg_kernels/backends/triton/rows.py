@@ -23,6 +23,7 @@ def saliency_graft_kernel(
     CELLS: tl.constexpr,
     GRAFTS: tl.constexpr,
     UNIT: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
     LAYOUT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -64,7 +65,9 @@ def saliency_graft_kernel(
             place, inside = tile_lines(tile, tiles, LAYOUT)
             tile_cell = tile_cells(place, tiles, maps.grid, LAYOUT)
             from_own = cells.mask_at(kept, bits, tile_cell)
-            copy_tile(memory, tiles, row, own, other, place, inside, from_own, UNIT, LAYOUT)
+            copy_tile(
+                memory, tiles, row, own, other, place, inside, from_own, UNIT, OUT_UNIT, LAYOUT
+            )
 
     if program < rows.rows:
         tl.store(memory.mask + row * grid_cells + cell, kept, mask=valid)
