@@ -88,7 +88,7 @@ def _checked_rows(result: Any, images: Any, names: Any, rows: Any) -> list[int]:
         raise ValueError(
             f"images must be (B, C, H, W); got {tuple(images.shape)}: choose a frame of each"
         )
-    checks.check_images(images, "(B, C, H, W)", 4)
+    checks.check_images(images)
     batch, channels = images.shape[:2]
     if images.is_complex() or channels not in (1, 3):
         raise ValueError(

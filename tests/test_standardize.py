@@ -190,32 +190,8 @@ def test_gradients_of_gradients(backend):
 
 
 REFUSED = [
-    ("standardize", {"standardize": value})
-    for value in (
-        1.0,
-        "ab",
-        (1.0,),
-        (1.0, 2.0, 3.0),
-        (None, 1.0),
-        ((), ()),
-        (0.0, 0.0),
-        (0.0, -1.0),
-        (0.0, float("nan")),
-        (float("inf"), 1.0),
-        (float("nan"), 1.0),
-        (0.0, 1e-60),
-        (3e38, 1e-3),
-        ((1.0, True, 0.0), 1.0),
-        ((1.0, 2.0), (1.0, 1.0, 1.0)),
-        ((1.0, 2.0), 1.0),
-        (torch.zeros(3), torch.ones(3)),
-    )
-]
-REFUSED += [
-    ("dtype", {"standardize": (0.0, 1.0), "dtype": value})
-    for value in (torch.float64, torch.uint8, "float32", 1, torch.complex64)
-]
-REFUSED += [
+    ("dtype must be", {"standardize": (0.0, 1.0), "dtype": torch.float64}),
+    ("standardize must have one mean and std", {"standardize": ((1.0, 2.0), 1.0)}),
     (r"dtype goes with standardize", {"dtype": torch.float32}),
     ("standardize takes", {"standardize": (0, 1), "images": torch.zeros(2, 3, 8, 6).double()}),
     ("standardize takes", {"standardize": (0, 1), "images": torch.zeros(2, 3, 8, 6).int()}),

@@ -15,7 +15,7 @@ from sg_kernels import backends, rng
 from sg_kernels.backends import reference
 from sg_kernels.backends.triton import cells, launch, operators, philox, plan
 from sg_kernels.backends.triton.copy import quotient
-from sg_kernels.call import NORM, NORMALIZE, Call, Outputs
+from sg_kernels.call import DTYPES, NORM, NORMALIZE, Call, Outputs
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MULTIPROCESSORS = 132
@@ -88,6 +88,7 @@ OPTIONS = [
     {"mask": meta(8, 7, 7, dtype=torch.bool)},
     {"mask": meta(24, 14, 5, dtype=torch.bool), "grid_size": (14, 5), "augmentations": 3},
     {"mask": meta(8, 9, 9, dtype=torch.bool), "grid_size": (9, 9), **NO_MAP},
+    {"affine": meta(2, 3), "dtype": DTYPES.index(torch.bfloat16)},
 ]
 
 
