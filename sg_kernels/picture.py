@@ -44,7 +44,7 @@ def show(
     """Draws source, destination, saliency, mask, graft and target of each row.
 
     In the mask, and in the bars of lam, the colours are those of the titles: what is kept of the
-    source, and what the destination shows.
+    source, and what the destination shows. A result without saliency leaves its place empty.
 
     Args:
         result: of :func:`sg_kernels.saliency_graft`, or a module's.
@@ -94,8 +94,9 @@ def _checked_rows(result: Any, images: Any, names: Any, rows: Any) -> list[int]:
         raise ValueError(
             f"images must be real, with 1 or 3 channels; got {images.dtype}, {tuple(images.shape)}"
         )
-    if batch != len(result.saliency):
-        raise ValueError(f"images must be the {len(result.saliency)} of result; got {batch}")
+    grafted = len(result.mask) if result.saliency is None else len(result.saliency)
+    if batch != grafted and (result.saliency is not None or not batch or grafted % batch):
+        raise ValueError(f"images must be the {grafted} of result; got {batch}")
     classes = 0 if result.targets is None else result.targets.shape[1]
     if names is not None and len(names) < classes:
         raise ValueError(f"names must be of the {classes} classes of result; got {len(names)}")
@@ -130,7 +131,8 @@ def _draw_row(
         # Of one channel; matplotlib would stretch each image to its own range.
         top = 255 if image.dtype == np.uint8 else 1
         axes[place].imshow(image, cmap="gray", vmin=0, vmax=top)
-    axes[2].imshow(_array(result.saliency[i]), cmap="magma", vmin=0)
+    if result.saliency is not None:
+        axes[2].imshow(_array(result.saliency[i]), cmap="magma", vmin=0)
     cells = ListedColormap([DESTINATION, SOURCE])
     axes[3].imshow(_array(result.mask[row].byte()), cmap=cells, vmin=0, vmax=1, alpha=0.7)
     for place, each in enumerate(axes[:5]):

@@ -158,3 +158,13 @@ def test_bad_arguments_are_refused_before_a_figure_is_made(given, message):
 def test_matplotlib_is_imported_by_the_call():
     code = "import sys, sg_kernels; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_result_without_saliency_leaves_its_place_empty():
+    images = torch.rand(4, 3, 16, 16)
+    mask = torch.ones(8, 2, 2, dtype=torch.bool)
+    result = saliency_graft(images, mask=mask, label="area", augmentations=2, seed=1)
+    for axes in rows_of(show(result, images)):
+        assert [len(each.images) for each in axes] == [1, 1, 0, 1, 1, 0]
+    with pytest.raises(ValueError, match="images must be the 8 of result; got 3"):
+        show(result, images[:3])
