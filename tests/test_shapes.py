@@ -243,3 +243,16 @@ def test_compiled_is_eager(backend, layout):
         for one, other in zip(*results, strict=True):
             assert_same_bits(one, other)
             assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("standardize", [None, (100.0, 50.0)])
+def test_a_given_mask_covers_every_frame(backend, layout, standardize):
+    video = LAYOUTS[layout](random_bits((4, 3, 2, 9, 8), torch.uint8))
+    mask = random_mask(8, 4, 3)
+    options = {"mask": mask, "label": "area", "augmentations": 2, "standardize": standardize}
+    result = saliency_graft(video, seed=3, backend=backend, **options)
+    expected = truth.graft(video, mask, result.index)
+    if standardize:
+        expected = truth.standardize(expected, *standardize, torch.float32)
+    assert_same_bits(result.images, expected)
