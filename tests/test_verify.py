@@ -26,7 +26,7 @@ def few_cases(monkeypatch):
 
 def test_every_group_of_cases_has_one_and_every_option_comes_up():
     options = {name for case in verify.cases() for name in case.options}
-    assert len({case.group for case in verify.cases()}) == 9
+    assert len({case.group for case in verify.cases()}) == 10
     internal = {"prob", "backend", "num_classes", "channel_dim"}
     assert options == set(sg_kernels.options.TYPES) - internal
 
