@@ -111,5 +111,6 @@ def launch(
 
 def _a_hook_listens() -> bool:
     """Whether a profiler wants to know of launches; Triton calls empty chains of hooks, too."""
-    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    runtime = triton.knobs.runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
