@@ -148,7 +148,8 @@ def check_images(images: Any, least_dims: int = 4) -> None:
 def warn_of_last_channels(images: Tensor, grid_size: tuple[int, int]) -> None:
     """Warns of images that look like (B, H, W, K): their sides, so read, fit the mask exactly."""
     (_, channels, height, width), (gh, gw) = images.shape, grid_size
-    if width < height and channels * gw == height * gh and height * gw != width * gh:
+    fits = channels * gw == height * gh and height * gw != width * gh
+    if fits and width < height and gh * gw > 1:
         warn_once(
             f"images {tuple(images.shape)} are read as (B, C, H, W), but as (B, H, W, C) their "
             f"sides would fit a mask of {gh} x {gw}: if so, give images.movedim(-1, 1)"

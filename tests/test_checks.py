@@ -803,6 +803,7 @@ def test_a_grid_of_one_cell_is_warned_of_once(options):
 def test_one_hot_maps_with_the_classes_last_are_warned_of(recwarn):
     mask, index = torch.ones(2, 4, 6, dtype=torch.bool), torch.tensor([1, 0])
     graft(torch.zeros(2, 5, 8, 12), mask, index)
+    graft(torch.zeros(2, 8, 8, 7), mask[:, :1, :1], index)
     assert not recwarn.list
     graft(torch.zeros(2, 8, 12, 7), mask, index)
     assert re.search(r"images \(2, 8, 12, 7\).*movedim\(-1, 1\)", str(recwarn.pop().message))
