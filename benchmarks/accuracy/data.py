@@ -2,6 +2,7 @@
 needed."""
 
 import gzip
+import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +24,11 @@ class Batch(NamedTuple):
     """(B,) int64."""
     ids: Tensor
     """(B,) int64: which images of the training set they are."""
+    epoch: int
+    originals: Tensor
+    """The images before they were cropped and flipped."""
     warp: Callable[[Tensor], Tensor]
-    """Crops and flips (B, K, H, W), such as maps of the same images, as ``images`` were."""
+    """Crops and flips maps (B, K, H, W) as ``images`` were."""
 
 
 class Arrays(NamedTuple):
@@ -42,12 +46,12 @@ class Arrays(NamedTuple):
         """Endlessly, each epoch in an order of its own; the same for every method."""
         generator = torch.Generator().manual_seed(seed)
         images, labels = self.standardise(self.images).to(device), self.labels.to(device)
-        while True:
+        for epoch in itertools.count():
             order = torch.randperm(len(images), generator=generator)
             for ids in order.split(size)[: len(images) // size]:
                 warp = random_warp(len(ids), self.padding, generator)
-                ids = ids.to(device)
-                yield Batch(warp(images[ids]), labels[ids], ids, warp)
+                originals = images[ids]
+                yield Batch(warp(originals), labels[ids], ids, epoch, originals, warp)
 
     def tests(self, size: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
         images = self.standardise(self.test_images)

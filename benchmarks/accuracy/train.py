@@ -52,7 +52,8 @@ def train(run: Run, device: str, progress: Callable[[float], Any] = lambda passe
     network = network.to(device, memory_format=torch.channels_last)
     torch.manual_seed(run.seed + 1)  # the method's own draws
     np.random.seed(run.seed + 1)
-    method = methods.make(run.method, methods.Trained(network, arrays.num_classes, run.seed))
+    to = methods.Trained(network, arrays.num_classes, len(arrays.images), run.seed, device)
+    method = methods.make(run.method, to)
     steps = steps_of(run, method.cost)
     optimizer, schedule = optimizer_of(network, run.rate, steps)
     network.train()
