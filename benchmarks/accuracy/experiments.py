@@ -17,7 +17,7 @@ class Setting(NamedTuple):
     rate: float
 
 
-FASHION = Setting("fashion", 2000, "small", 800, 50, 0.1)
+FASHION = Setting("fashion", 2000, "small", 800, 50, 0.2)
 CLUTTER = Setting("clutter", 2000, "small", 800, 50, 0.1)
 
 KEY = ["cutmix", "half", "vanilla", "half pass_scale=0.5", "sobel", "another-map", "paper"]
