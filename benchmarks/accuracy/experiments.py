@@ -7,7 +7,7 @@ from benchmarks.accuracy.train import Run
 
 
 class Setting(NamedTuple):
-    """What all methods of an experiment share. The rate is the best of CutMix, by ``tuning``."""
+    """What all methods share. The rate is the one, of three, that suits CutMix at p = 0.5."""
 
     data: str
     train_images: int
@@ -17,29 +17,79 @@ class Setting(NamedTuple):
     rate: float
 
 
-FASHION = Setting("fashion", 2000, "small", 800, 50, 0.2)
-CLUTTER = Setting("clutter", 2000, "small", 800, 50, 0.1)
+SMALL = {
+    "fashion": Setting("fashion", 2000, "small", 800, 50, 0.2),
+    "clutter": Setting("clutter", 2000, "small", 800, 50, 0.1),
+}
+# Sizes as they are usual for these data; the rates are not searched.
+FULL = {
+    "fashion": Setting("fashion", 60_000, "resnet18", 46_800, 128, 0.1),
+    "clutter": Setting("clutter", 60_000, "resnet18", 46_800, 128, 0.1),
+    "cifar10": Setting("cifar10", 50_000, "wrn-28-10", 78_000, 128, 0.1),
+    "cifar100": Setting("cifar100", 50_000, "wrn-28-10", 78_000, 128, 0.1),
+    "tiny-imagenet": Setting("tiny-imagenet", 100_000, "resnet18", 156_000, 128, 0.1),
+    "imagenet": Setting("imagenet", 1_281_167, "resnet50", 500_000, 256, 0.1),
+}
+SIZES = {"small": SMALL, "full": FULL}
 
-KEY = ["cutmix", "half", "vanilla", "half pass_scale=0.5", "sobel", "another-map", "paper"]
-
+BASELINE = "cutmix"
+RECIPES = ["half", "half pass_scale=0.5", "sobel", "another-map", "paper"]
 EXPERIMENTS: dict[str, list[str]] = {
-    "key": KEY,
+    # The comparison that decides, first; then all recipes.
+    "key": [BASELINE, "vanilla", *RECIPES],
     "recipes": [
-        *KEY,
-        "half mode=train",
-        "cutmix prob=1.0",
-        "clean+cutmix",
-        "always",
-        "streamed",
-        "mixup",
+        *(BASELINE, "vanilla", *RECIPES),
+        *("half mode=train", "half mode=train pass_scale=0.5", "always", "streamed", "cached"),
+        *("cutmix prob=1.0", "clean+cutmix"),
+    ],
+    "classification": [
+        *(BASELINE, "vanilla", "cutout", "dropblock", "mixup", "manifold-mixup"),
+        *("attentive", "saliencymix", "puzzlemix", "augmix", "half", "always", "paper"),
+    ],
+    "shakedrop": ["vanilla", BASELINE, "half"],
+    "diversity": [BASELINE, *(f"always augmentations={n}" for n in range(1, 7))],
+    "scarcity": [BASELINE, "vanilla", "mixup", "half", "paper"],
+    "occlusion": [BASELINE, "vanilla", "cutout", "mixup", "half", "paper"],
+    "ablations": [
+        *(BASELINE, "half", "half label=area"),
+        *("half selection=topk k=10", "half selection=topk k=10 label=area", "backward"),
+    ],
+    "threshold": [
+        *(BASELINE, "half"),
+        *(f"half threshold={sigma}" for sigma in (0.0, 0.01, 0.015, 0.025, 0.03, 0.04)),
+    ],
+    "open-choices": [
+        *(BASELINE, "half"),
+        *(f"half temperature={T}" for T in (0.1, 0.5, 1.0)),
+        *(f"half normalize=mean temperature={T}" for T in (0.2, 0.5, 1.0)),
+        *(f"half normalize=none temperature={T}" for T in (1.0, 5.0, 25.0)),
+        *(f"half alpha={alpha}" for alpha in (0.2, 0.5, 2.0)),
+        *(f"half grid_size={size}" for size in ("(4,4)", "(14,14)", "((2,2),(4,4),(7,7))")),
+        *(f"half warmup_epochs={epochs}" for epochs in (2, 5)),
+        *(f"half norm={norm}" for norm in ("l2", "l2sq")),
     ],
 }
+SHARES = (0.1, 0.2, 0.5)
+"""Of the training images, for the experiment ``scarcity``; the number of steps stays the same."""
 
 
-def runs_of(experiment: str, settings: list[Setting], seeds: int) -> Iterator[Run]:
-    """Seed by seed, so that a part of the runs compares all methods on equal terms."""
+def settings_of(experiment: str, setting: Setting) -> list[Setting]:
+    if experiment == "scarcity":
+        counts = [round(share * setting.train_images) for share in SHARES]
+        return [setting._replace(train_images=count) for count in counts]
+    if experiment == "shakedrop":
+        return [setting._replace(network=f"{setting.network}-shakedrop")]
+    return [setting]
+
+
+def runs_of(
+    experiment: str, settings: list[Setting], seeds: int, budget: str = "cost"
+) -> Iterator[Run]:
+    """Seed by seed, so that what has ended at any time compares all methods on equal terms."""
+    test = "occlusion" if experiment == "occlusion" else "plain"
     for seed in range(seeds):
-        for setting in settings:
-            for method in EXPERIMENTS[experiment]:
-                data, images, network, steps, batch, rate = setting
-                yield Run(data, images, network, method, "cost", steps, batch, rate, seed)
+        for given in settings:
+            for setting in settings_of(experiment, given):
+                for method in EXPERIMENTS[experiment]:
+                    data, images, network, *sizes = setting
+                    yield Run(data, images, network, method, budget, *sizes, test, seed)

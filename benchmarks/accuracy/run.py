@@ -1,52 +1,102 @@
 """Trains what an experiment needs, and adds a row to a CSV as each run ends.
 
     python -m benchmarks.accuracy.run recipes
+    python -m benchmarks.accuracy.run classification --size full --data cifar100 --root data
 
-Start it again after it was stopped: it goes on where it was. Several processes may share the CSV.
+Start it again after it was stopped: runs that have a row are left out. Several processes may share
+the CSV; each takes the next run that no other is making.
 """
 
 import argparse
-import subprocess
+import csv
+import fcntl
+import hashlib
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.accuracy import experiments, queue
-from benchmarks.accuracy.train import train
+from benchmarks.accuracy.experiments import EXPERIMENTS, SIZES, runs_of
+from benchmarks.accuracy.train import Run, train
+from benchmarks.speed.results import ROOT, device_name, git_commit
 
-ROOT = Path(__file__).parents[2]
-SETTINGS = {"fashion": experiments.FASHION, "clutter": experiments.CLUTTER}
+Key = tuple[str, ...]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("experiment", choices=experiments.EXPERIMENTS)
-    parser.add_argument("--data", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--data", nargs="+", help="default: fashion clutter")
+    parser.add_argument("--network", help="instead of the one that the size has for the data")
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--budget", choices=("cost", "steps"), default="cost", help="what is equal")
+    parser.add_argument("--root", type=Path, help="the folder of the data")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "accuracy.csv")
     given = parser.parse_args()
+    sizes = SIZES[given.size]
+    names = given.data or ["fashion", "clutter"]
+    if not set(names) <= set(sizes):
+        parser.error(f"--data: --size {given.size} has {', '.join(sizes)}; got {' '.join(names)}")
+    settings = [sizes[name] for name in names]
+    if given.network:
+        settings = [setting._replace(network=given.network) for setting in settings]
     torch.set_num_threads(given.threads)
+    runs = list(runs_of(given.experiment, settings, given.seeds, given.budget))
+    make_all(runs, given.results, given.root)
+
+
+def make_all(runs: list[Run], path: Path, root: Path | None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = [SETTINGS[name] for name in given.data]
-    runs = list(experiments.runs_of(given.experiment, settings, given.seeds))
-    done = queue.finished(given.results)
-    left = sum(run.steps for run in runs if queue.key(run) not in done)
-    machine = {"commit": commit(), "torch": torch.__version__, "device": device}
+    machine = {"commit": git_commit(), "torch": torch.__version__, "device": device_name(device)}
+    done = finished(path)
+    left = sum(run.steps for run in runs if key(run) not in done)
     with tqdm(total=left, unit="step", smoothing=0.05, mininterval=1) as bar:
-        for run in queue.unfinished(runs, given.results):
+        for run in unfinished(runs, path):
             bar.set_description(f"{run.data}, {run.method}, seed {run.seed}")
-            outcome = train(run, device, bar.update)
+            outcome = train(run, root, device, bar.update)
             ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            row = {**run._asdict(), **outcome._asdict(), **machine, "ended": ended}
-            queue.add(given.results, row)
+            add(path, {**run._asdict(), **outcome._asdict(), **machine, "ended": ended})
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def key(run: Run) -> Key:
+    """As the CSV spells it."""
+    return tuple(str(value) for value in run)
+
+
+def finished(path: Path) -> set[Key]:
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {tuple(row[name] for name in Run._fields) for row in csv.DictReader(file)}
+
+
+def unfinished(runs: Iterable[Run], path: Path) -> Iterator[Run]:
+    """The runs that have no row, and that no other process is making, one by one."""
+    locks = path.with_suffix(".locks")
+    locks.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        name = hashlib.sha256(repr(key(run)).encode()).hexdigest()[:16]
+        with (locks / name).open("w") as lock:  # which is free again when its process has died
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if key(run) not in finished(path):
+                yield run
+
+
+def add(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
