@@ -145,7 +145,8 @@ class Folders:
             crop = [v2.Resize(self.side * 8 // 7), v2.CenterCrop(self.side)]
         standardise = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), standardise]
-        images = datasets.ImageFolder(self.root / part, v2.Compose([*crop, *to_float]))
+        reader = import_library("torchvision.datasets").ImageFolder
+        images = reader(self.root / part, v2.Compose([*crop, *to_float]))
         if part == "train":
             return Subset(images, subset(len(images), self.seed, self.count).tolist())
         return images

@@ -209,7 +209,7 @@ def augmix(to: Trained, weight: float = 12.0) -> Method:
 
 
 def mixer_of(to: Trained, scale: float = 1.0, **options: Any) -> SaliencyGraft:
-    """``scale`` is that of the clean pass: at half of it an earlier stage has a map of that size."""
+    """``scale`` is that of the clean pass: at half of it an earlier stage has such a map."""
     stage = to.network.tapped - (scale <= 0.5)
     given = {"num_classes": to.num_classes, "seed": to.seed, **options}
     return SaliencyGraft(to.network.stages[stage], **given).to(to.device)

@@ -68,18 +68,24 @@ def main() -> None:
 def rewritten(text: str, directory: Path) -> str:
     """The text with new tables between its markers."""
     for name, table in (("benchmarks", benchmarks), ("targets", targets)):
-        head, begin, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, tail = rest.partition(f"<!-- /{name} -->\n")
-        if end:
-            text = f"{head}{begin}{table(directory)}\n{end}{tail}"
+        if f"<!-- {name} -->" in text:
+            text = between_markers(text, name, table(directory))
     return text
+
+
+def between_markers(text: str, name: str, table: str) -> str:
+    head, begin, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, tail = rest.partition(f"<!-- /{name} -->\n")
+    return f"{head}{begin}{table}\n{end}{tail}" if end else text
 
 
 def benchmarks(directory: Path) -> str:
     """A table for each machine: the speed-ups, then the times."""
     machines = {path: read(path) for path in sorted(directory.glob("*.csv"))}
     tables = [
-        machine(rows, path) for path, rows in machines.items() if "floor" in {*rows.candidate}
+        machine(rows, path)
+        for path, rows in machines.items()
+        if "candidate" in rows and "floor" in {*rows.candidate}
     ]
     return "\n\n".join(tables)
 
