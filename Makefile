@@ -23,7 +23,7 @@ NATIVE := setup.py $(CSRC)
 EMULATION := build/emulation/libsg_kernels_cuda.so
 
 .PHONY: help demo test test-compiled test-interpreted test-emulated test-triton-3.6 lint sanitize aot build host wheels bench compare \
-	bench-check bench-calibrate figures gpu clean
+	bench-check bench-calibrate figures accuracy gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -100,6 +100,11 @@ compare: $(PEERS) ## times the backends beside other libraries, into benchmarks/
 
 figures: $(STAMP) ## rewrites the tables of README.md and docs/ from benchmarks/results/
 	$(RUN) -m benchmarks.speed.readme
+	$(RUN) -m benchmarks.accuracy.report
+
+accuracy: $(PEERS) ## trains by each recipe and by CutMix at equal cost, into build/accuracy.csv: two hours
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.accuracy.run recipes
+	$(RUN) -m benchmarks.accuracy.report build/accuracy.csv
 
 bench-check: $(PEERS) ## fails if a speed-up has fallen below the committed one
 	$(RUN) -m benchmarks.speed.check

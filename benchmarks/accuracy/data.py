@@ -133,7 +133,7 @@ class Folders:
 
     def _loader(self, part: str, size: int, **options: Any) -> DataLoader:
         # Workers also where one would do: they are seeded by the loader's generator.
-        return DataLoader(self._part(part), size, num_workers=WORKERS, pin_memory=True, **options)
+        return DataLoader(self._part(part), size, num_workers=WORKERS, **options)
 
     def _part(self, part: str) -> Any:
         v2, datasets = (

@@ -18,7 +18,7 @@ class Setting(NamedTuple):
 
 
 SMALL = {
-    "fashion": Setting("fashion", 2000, "small", 800, 50, 0.2),
+    "fashion": Setting("fashion", 1000, "small", 800, 50, 0.2),
     "clutter": Setting("clutter", 2000, "small", 800, 50, 0.1),
 }
 # Sizes as they are usual for these data; the rates are not searched.
@@ -58,13 +58,16 @@ EXPERIMENTS: dict[str, list[str]] = {
         *(BASELINE, "half"),
         *(f"half threshold={sigma}" for sigma in (0.0, 0.01, 0.015, 0.025, 0.03, 0.04)),
     ],
-    "open-choices": [
+    "softmax": [
         *(BASELINE, "half"),
         *(f"half temperature={T}" for T in (0.1, 0.5, 1.0)),
         *(f"half normalize=mean temperature={T}" for T in (0.2, 0.5, 1.0)),
         *(f"half normalize=none temperature={T}" for T in (1.0, 5.0, 25.0)),
-        *(f"half alpha={alpha}" for alpha in (0.2, 0.5, 2.0)),
+    ],
+    "sampling": [
+        *(BASELINE, "half"),
         *(f"half grid_size={size}" for size in ("(4,4)", "(14,14)", "((2,2),(4,4),(7,7))")),
+        *(f"half alpha={alpha}" for alpha in (0.2, 0.5, 2.0)),
         *(f"half warmup_epochs={epochs}" for epochs in (2, 5)),
         *(f"half norm={norm}" for norm in ("l2", "l2sq")),
     ],
