@@ -258,15 +258,19 @@ def test_paper_trains_on_the_clean_images_and_their_grafts(to):
 
 
 def test_streamed_trains_on_the_grafts_of_the_batch_before(to):
-    first = batch_of()
-    second = first._replace(images=first.images + 1)
-    mixed, targets = grafts_of(features_in("train", to, first.images))
+    first, stage = batch_of(), to.network.stages[1]
+    second, third = (first._replace(images=first.images * scale) for scale in (2, 3))
+    outputs, mixer = [], SaliencyGraft(num_classes=CLASSES, seed=SEED)
+    stage.register_forward_hook(lambda stage, args, output: outputs.append(output.detach()))
     method = methods.make("streamed", to)
     torch.testing.assert_close(method.loss(first), loss_on(to, first.images, first.labels))
-    loss = method.loss(second)
-    assert to.network.given[-1].equal(torch.cat([second.images, mixed]))
-    both = torch.cat([torch.eye(BATCH), targets])
-    torch.testing.assert_close(loss, loss_on(to, to.network.given[-1], both))
+    for before, batch in ((first, second), (second, third)):
+        mixed, targets = mixer(before.images, before.labels, features=outputs[-1][:BATCH])
+        loss = method.loss(batch)
+        assert to.network.given[-1].equal(torch.cat([batch.images, mixed]))
+        both = torch.cat([torch.eye(BATCH), targets])
+        torch.testing.assert_close(loss, loss_on(to, to.network.given[-1], both))
+        del outputs[-1]  # of loss_on
 
 
 def test_cached_maps_are_warped_and_made_anew_when_they_are_due(to):
