@@ -86,13 +86,17 @@ def settings_of(experiment: str, setting: Setting) -> list[Setting]:
 
 
 def runs_of(
-    experiment: str, settings: list[Setting], seeds: int, budget: str = "cost"
+    experiment: str,
+    settings: list[Setting],
+    seeds: int,
+    budget: str = "cost",
+    methods: list[str] | None = None,
 ) -> Iterator[Run]:
     """Seed by seed, so that what has ended at any time compares all methods on equal terms."""
     test = "occlusion" if experiment == "occlusion" else "plain"
     for seed in range(seeds):
         for given in settings:
             for setting in settings_of(experiment, given):
-                for method in EXPERIMENTS[experiment]:
+                for method in methods or EXPERIMENTS[experiment]:
                     data, images, network, *sizes = setting
                     yield Run(data, images, network, method, budget, *sizes, test, seed)

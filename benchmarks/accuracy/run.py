@@ -1,6 +1,7 @@
 """Trains what an experiment needs, and adds a row to a CSV as each run ends.
 
     python -m benchmarks.accuracy.run recipes
+    python -m benchmarks.accuracy.run recipes --data clutter --methods cutmix "half alpha=0.5"
     python -m benchmarks.accuracy.run classification --size full --data cifar100 --root data
 
 Start it again after it was stopped: runs that have a row are left out. Several processes may share
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--data", nargs="+", help="default: fashion clutter")
     parser.add_argument("--network", help="instead of the one that the size has for the data")
+    parser.add_argument("--methods", nargs="+", help="of the experiment, or others, as it has them")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--budget", choices=("cost", "steps"), default="cost", help="what is equal")
     parser.add_argument("--root", type=Path, help="the folder of the data")
@@ -46,7 +48,7 @@ def main() -> None:
     if given.network:
         settings = [setting._replace(network=given.network) for setting in settings]
     torch.set_num_threads(given.threads)
-    runs = list(runs_of(given.experiment, settings, given.seeds, given.budget))
+    runs = list(runs_of(given.experiment, settings, given.seeds, given.budget, given.methods))
     make_all(runs, given.results, given.root)
 
 
