@@ -223,6 +223,8 @@ def half(
     ``mode`` is the network's in that pass; ``train`` leaves BatchNorm's statistics alone too. The
     cost is that after the warm-up.
     """
+    if mode not in ("eval", "train"):
+        raise ValueError(f"mode must be eval or train; got {mode!r}")
     if mode == "eval":
         options |= {"network": to.network, "pass_scale": pass_scale}
     mixer = mixer_of(to, pass_scale, prob=prob, **options)
@@ -419,5 +421,5 @@ def make(words: str, to: Trained) -> Method:
 def value_of(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except ValueError:  # a bare word
+    except (ValueError, SyntaxError):  # a bare word
         return text

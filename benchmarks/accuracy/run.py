@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--data", nargs="+", help="default: fashion clutter")
     parser.add_argument("--network", help="instead of the one that the size has for the data")
-    parser.add_argument("--methods", nargs="+", help="of the experiment, or others, as it has them")
+    parser.add_argument("--methods", nargs="+", help="instead of the experiment's, written alike")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--budget", choices=("cost", "steps"), default="cost", help="what is equal")
     parser.add_argument("--root", type=Path, help="the folder of the data")

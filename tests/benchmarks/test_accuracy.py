@@ -5,6 +5,7 @@ import gzip
 import itertools
 import multiprocessing
 import pickle
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -331,9 +332,11 @@ def test_backward_and_puzzlemix_take_the_gradient_of_the_loss_by_the_pixels(to, 
     assert given[3:] == [CLASSES, 4]
 
 
-def test_an_unknown_method_is_refused(to):
+def test_an_unknown_method_or_mode_is_refused(to):
     with pytest.raises(ValueError, match=r"method must be one of vanilla, .*; got 'sgd'"):
         methods.make("sgd", to)
+    with pytest.raises(ValueError, match="mode must be eval or train; got 'evil'"):
+        methods.make("half mode=evil", to)
 
 
 # Networks
@@ -529,7 +532,7 @@ def test_a_stopped_experiment_goes_on_and_leaves_out_what_another_process_makes(
         for made in run.unfinished(runs[2:], path):
             assert made == runs[2]
             ready.set()
-            ready.wait_forever = fork.Event().wait()
+            fork.Event().wait()  # until it is killed
 
     other = fork.Process(target=make_the_next)
     other.start()
@@ -543,14 +546,20 @@ def test_a_stopped_experiment_goes_on_and_leaves_out_what_another_process_makes(
         assert [row["seed"] for row in csv.DictReader(file)] == ["1", "0"]
 
 
-def test_a_row_is_added_as_each_run_ends(clothes, tmp_path):
-    runs = [a_run(seed=seed, steps=20) for seed in range(2)]
-    run.make_all(runs, tmp_path / "a.csv", clothes)
-    rows = pd.read_csv(tmp_path / "a.csv")
-    run.make_all(runs, tmp_path / "a.csv", clothes)
-    assert pd.read_csv(tmp_path / "a.csv").equals(rows)
+def test_one_command_adds_a_row_as_each_run_ends(clothes, tmp_path, monkeypatch):
+    tiny = experiments.Setting("fashion", 40, "small", 20, 8, 0.1)
+    monkeypatch.setitem(experiments.SMALL, "fashion", tiny)
+    path = tmp_path / "a.csv"
+    command = ["run", "key", "--data", "fashion", "--seeds", "2", "--methods", "vanilla"]
+    monkeypatch.setattr(sys, "argv", [*command, f"--root={clothes}", f"--results={path}"])
+    threads = torch.get_num_threads()
+    run.main()
+    rows = pd.read_csv(path)
+    run.main()
+    torch.set_num_threads(threads)
+    assert pd.read_csv(path).equals(rows)
     assert rows.seed.tolist() == [0, 1]
-    assert run.finished(tmp_path / "a.csv") == {run.key(each) for each in runs}
+    assert {*rows.method} == {"vanilla"}
 
 
 @pytest.mark.parametrize("experiment", experiments.EXPERIMENTS)
@@ -569,13 +578,17 @@ def test_an_experiment_compares_all_methods_seed_by_seed(experiment, to):
 # Report
 
 
+def a_row(method, seed, error, **more):
+    occluded = "21.00 25.00 60.00" if more else ""
+    outcome = train.Outcome(error, occluded, 3.0, 30, 2.0)
+    machine = {"commit": "1234567", "torch": "2.13.0", "device": "a machine", "ended": ""}
+    return {**a_run(method=method, seed=seed, **more)._asdict(), **outcome._asdict(), **machine}
+
+
 def rows_of(errors, path):
     for method, values in errors.items():
         for seed, error in enumerate(values):
-            outcome = train.Outcome(error, "", 3.0, 30, 2.0)
-            machine = {"commit": "1234567", "torch": "2.13.0", "device": "a machine", "ended": ""}
-            row = {**a_run(method=method, seed=seed)._asdict(), **outcome._asdict(), **machine}
-            run.add(path, row)
+            run.add(path, a_row(method, seed, error))
     return report.read(path)
 
 
@@ -615,19 +628,12 @@ def test_equal_steps_compare_with_the_runs_at_plain_cost(tmp_path):
 
 
 def test_errors_under_occlusion_are_compared_too(tmp_path):
-    rows_of({"cutmix": [20.0]}, tmp_path / "a.csv")
-    outcome = train.Outcome(20.0, "21.00 25.00 60.00", 3.0, 30, 2.0)
-    run.add(
-        tmp_path / "a.csv",
-        {
-            **a_run(test="occlusion")._asdict(),
-            **outcome._asdict(),
-            **dict.fromkeys(["commit", "torch", "device", "ended"], "x"),
-        },
-    )
+    run.add(tmp_path / "a.csv", a_row("cutmix", 0, 20.0, test="occlusion"))
     rows = report.read(tmp_path / "a.csv").set_index("test").error
-    assert rows["20% of the cells hidden"] == 25
-    assert len(rows) == 5
+    assert rows.to_dict() == {
+        "occlusion": 20, "10% of the cells hidden": 21, "20% of the cells hidden": 25,
+        "40% of the cells hidden": 60,
+    }  # fmt: skip
 
 
 def test_the_tables_of_the_page_are_what_the_results_say():
