@@ -52,11 +52,11 @@ EXPERIMENTS: dict[str, list[str]] = {
     "occlusion": [BASELINE, "vanilla", "cutout", "mixup", "half", "paper"],
     "ablations": [
         *(BASELINE, "half", "half label=area"),
-        *("half selection=topk k=10", "half selection=topk k=10 label=area", "backward"),
+        *("half selection=topk k=3", "half selection=topk k=3 label=area", "backward"),
     ],
     "threshold": [
         *(BASELINE, "half"),
-        *(f"half threshold={sigma}" for sigma in (0.0, 0.01, 0.015, 0.025, 0.03, 0.04)),
+        *(f"half threshold={sigma}" for sigma in (0.0, 0.03, 0.045, 0.075, 0.09, 0.12)),
     ],
     "softmax": [
         *(BASELINE, "half"),
@@ -66,7 +66,12 @@ EXPERIMENTS: dict[str, list[str]] = {
     ],
     "sampling": [
         *(BASELINE, "half"),
-        *(f"half grid_size={size}" for size in ("(4,4)", "(14,14)", "((2,2),(4,4),(7,7))")),
+        *(
+            "half stage=1",
+            "half stage=0",
+            "half grid_size=(7,7)",
+            "half grid_size=((2,2),(4,4),(7,7))",
+        ),
         *(f"half alpha={alpha}" for alpha in (0.2, 0.5, 2.0)),
         *(f"half warmup_epochs={epochs}" for epochs in (2, 5)),
         *(f"half norm={norm}" for norm in ("l2", "l2sq")),

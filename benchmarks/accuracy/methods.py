@@ -208,9 +208,13 @@ def augmix(to: Trained, weight: float = 12.0) -> Method:
 # Saliency Grafting, and what else looks at a network's saliency.
 
 
-def mixer_of(to: Trained, scale: float = 1.0, **options: Any) -> SaliencyGraft:
-    """``scale`` is that of the clean pass: at half of it an earlier stage has such a map."""
-    stage = to.network.tapped - (scale <= 0.5)
+def mixer_of(
+    to: Trained, scale: float = 1.0, stage: int | None = None, **options: Any
+) -> SaliencyGraft:
+    """Taps the network's stage for it, or ``stage``. ``scale`` is that of the clean pass: at half
+    of it the stage before has a map of the same size."""
+    if stage is None:
+        stage = to.network.tapped - (scale <= 0.5)
     given = {"num_classes": to.num_classes, "seed": to.seed, **options}
     return SaliencyGraft(to.network.stages[stage], **given).to(to.device)
 

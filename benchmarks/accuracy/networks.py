@@ -91,9 +91,7 @@ def small(channels: int, classes: int) -> Network:
 
     stem = nn.Sequential(conv(channels, 16, 3, 2), activated(16))
     stages: list[nn.Module] = [block(16, 16, 1), block(16, 48, 2), block(48, 96, 2)]
-    network = Network(stem, stages, nn.Identity(), 96, classes)
-    network.tapped = 1
-    return network
+    return Network(stem, stages, nn.Identity(), 96, classes)
 
 
 def wide(channels: int, classes: int, depth: int = 28, width: int = 10) -> Network:
