@@ -208,19 +208,24 @@ def augmix(to: Trained, weight: float = 12.0) -> Method:
 # Saliency Grafting, and what else looks at a network's saliency.
 
 
-def mixer_of(
-    to: Trained, scale: float = 1.0, stage: int | None = None, **options: Any
-) -> SaliencyGraft:
-    """Taps the network's stage for it, or ``stage``. ``scale`` is that of the clean pass: at half
-    of it the stage before has a map of the same size."""
-    if stage is None:
-        stage = to.network.tapped - (scale <= 0.5)
+def mixer_of(to: Trained, layer: nn.Module | None = None, **options: Any) -> SaliencyGraft:
     given = {"num_classes": to.num_classes, "seed": to.seed, **options}
-    return SaliencyGraft(to.network.stages[stage], **given).to(to.device)
+    return SaliencyGraft(layer, **given).to(to.device)
+
+
+def layer_of(to: Trained, stage: int | None, scale: float = 1.0) -> nn.Module:
+    """The stage to tap, if none is named the network's own. In a pass at half of the resolution the
+    stage before has a map of the same size."""
+    return to.network.stages[to.network.tapped - (scale <= 0.5) if stage is None else stage]
 
 
 def half(
-    to: Trained, prob: float = PROB, pass_scale: float = 1.0, mode: str = "eval", **options: Any
+    to: Trained,
+    prob: float = PROB,
+    pass_scale: float = 1.0,
+    mode: str = "eval",
+    stage: int | None = None,
+    **options: Any,
 ) -> Method:
     """Grafts a share of the batches, for which alone a clean pass is made.
 
@@ -231,7 +236,7 @@ def half(
         raise ValueError(f"mode must be eval or train; got {mode!r}")
     if mode == "eval":
         options |= {"network": to.network, "pass_scale": pass_scale}
-    mixer = mixer_of(to, pass_scale, prob=prob, **options)
+    mixer = mixer_of(to, layer_of(to, stage, pass_scale), prob=prob, **options)
 
     def loss(batch: Batch) -> Tensor:
         mixer.set_epoch(batch.epoch)
@@ -274,18 +279,18 @@ def attentive(to: Trained, k: int = 6, **options: Any) -> Method:
     return half(to, selection="topk", k=k, label="area", **options)
 
 
-def paper(to: Trained, **options: Any) -> Method:
+def paper(to: Trained, stage: int | None = None, **options: Any) -> Method:
     """One clean pass, which trains, and whose features give the saliency."""
-    mixer = mixer_of(to, **options)
+    mixer = mixer_of(to, layer_of(to, stage), **options)
     return clean_and(to, lambda batch: mixer(batch.images, batch.labels))
 
 
-def streamed(to: Trained, **options: Any) -> Method:
+def streamed(to: Trained, stage: int | None = None, **options: Any) -> Method:
     """One pass over this step's clean images and the grafts of the last step's."""
     last: list[Batch] = []
     rows = 0
-    kept = {"mixed_pass": False, "to_features": lambda features: features[:rows]}
-    mixer = mixer_of(to, **kept, **options)
+    clean_rows = {"mixed_pass": False, "to_features": lambda features: features[:rows]}
+    mixer = mixer_of(to, layer_of(to, stage), **clean_rows, **options)
 
     def loss(batch: Batch) -> Tensor:
         nonlocal rows
@@ -301,12 +306,13 @@ def streamed(to: Trained, **options: Any) -> Method:
 
 def cached(to: Trained, every: int = 5, prob: float = PROB, **options: Any) -> Method:
     """Saliency kept per image, warped as the image is, and made anew after so many epochs."""
-    given = {"num_classes": to.num_classes, "seed": to.seed, **options}
-    mixer = SaliencyGraft(**given).to(to.device)
+    mixer = mixer_of(to, **options)
     due = torch.zeros(to.train_images, dtype=torch.int64)
     maps: list[Tensor | None] = [None] * to.train_images
 
     def mix(batch: Batch) -> tuple[Tensor, Tensor]:
+        if batch.warp is None:
+            raise ValueError("method cached needs data in memory, not image folders")
         ids = batch.ids.tolist()
         stale = [row for row, each in enumerate(ids) if due[each] <= batch.epoch]
         if stale:
@@ -338,8 +344,7 @@ def features_of(network: nn.Module, images: Tensor) -> Tensor:
 
 def sobel(to: Trained, prob: float = PROB, **options: Any) -> Method:
     """Grafts by the edges of the images, without a pass, on a grid of a quarter of their side."""
-    given = {"num_classes": to.num_classes, "seed": to.seed, "prob": prob, **options}
-    mixer = SaliencyGraft(**given).to(to.device)
+    mixer = mixer_of(to, prob=prob, **options)
 
     def loss(batch: Batch) -> Tensor:
         edges = F.avg_pool2d(edge_strength(batch.images), 4)
@@ -369,8 +374,7 @@ def loss_gradient(to: Trained, batch: Batch) -> Tensor:
 
 def backward(to: Trained, prob: float = PROB, **options: Any) -> Method:
     """The paper's ablation: the loss's gradient by the pixels as saliency."""
-    given = {"num_classes": to.num_classes, "seed": to.seed, **options}
-    mixer = SaliencyGraft(**given).to(to.device)
+    mixer = mixer_of(to, **options)
 
     def mix(batch: Batch) -> tuple[Tensor, Tensor]:
         saliency = F.avg_pool2d(loss_gradient(to, batch), 4)
