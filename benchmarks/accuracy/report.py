@@ -105,29 +105,33 @@ def groups(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def tables(rows: pd.DataFrame) -> str:
     texts = []
     for title, runs in groups(rows).items():
-        lines = summary(runs)
-        table = pd.DataFrame(
-            {
-                "method": [f"`{method}`" for method in lines.method],
-                "cost of a step": lines.cost.map("{:.2f}".format),
-                "seeds": lines.seeds.astype(str),
-                "error, %": [
-                    f"{error:.2f} ± {spread:.2f}"
-                    for error, spread in zip(lines.error, lines["standard error"])
-                ],
-                "minus CutMix": lines.difference.map("{:+.2f}".format, na_action="ignore"),
-                "95 % interval": [
-                    f"{d - r:+.2f} .. {d + r:+.2f}" for d, r in zip(lines.difference, lines.reach)
-                ],
-                "": [verdict(line) for _, line in lines.iterrows()],
-            }
-        )
-        table.loc[lines.difference.isna(), ["minus CutMix", "95 % interval"]] = ""
-        commits = ", ".join(dict.fromkeys(runs.commit))
-        first = runs.iloc[0]
+        first, commits = runs.iloc[0], ", ".join(dict.fromkeys(runs.commit))
         where = f"Learning rate {first.rate:g}; {first.device}, torch {first.torch}, {commits}."
-        texts.append(f"**{title}**\n\n{where}\n\n{markdown(table)}")
+        texts.append(f"**{title}**\n\n{where}\n\n{table_of(summary(runs))}")
     return "\n\n".join(texts)
+
+
+def table_of(lines: pd.DataFrame) -> str:
+    low, high = lines.difference - lines.reach, lines.difference + lines.reach
+    columns = {
+        "method": [f"`{method}`" for method in lines.method],
+        "cost of a step": lines.cost.map("{:.2f}".format),
+        "seeds": lines.seeds.astype(str),
+        "error, %": joined(lines.error.map("{:.2f}".format), " ± ", shown(lines["standard error"])),
+        "minus CutMix": shown(lines.difference, "+"),
+        "95 % interval": joined(shown(low, "+"), " .. ", shown(high, "+")),
+        "": [verdict(line) for _, line in lines.iterrows()],
+    }
+    return markdown(pd.DataFrame(columns))
+
+
+def shown(values: pd.Series, sign: str = "") -> pd.Series:
+    """Two digits; empty where too few seeds give none."""
+    return values.map(f"{{:{sign}.2f}}".format, na_action="ignore").fillna("").astype(str)
+
+
+def joined(left: pd.Series, between: str, right: pd.Series) -> pd.Series:
+    return left + right.where(right == "", between + right)
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
