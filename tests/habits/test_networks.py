@@ -1,4 +1,4 @@
-"""The table of docs/habits.md that says which layer to tap."""
+"""The table of docs/training-loops.md that says which layer to tap."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ pytest.importorskip("timm")
 import timm
 from torchvision.models import densenet121
 
-HABITS = Path(__file__).parents[2] / "docs" / "habits.md"
+PAGE = Path(__file__).parents[2] / "docs" / "training-loops.md"
 
 
 class Row(NamedTuple):
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 def rows():
-    page = HABITS.read_text()
+    page = PAGE.read_text()
     header = re.search(r"^\| network \|(.*)\| options \|$", page, re.MULTILINE)[1]
     columns = [
         {int(side): int(map_side) for map_side, side in re.findall(r"(\d+)x\1 at (\d+)", column)}
