@@ -16,19 +16,22 @@ def mix_criterion(
     targets: Tensor,
     result: GraftResult | tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """The mean of lam * criterion(logits, y_i) + (1 - lam) * criterion(logits, y_j), a scalar.
+    """The mean of lam * criterion(logits, y_i) + (1 - lam) * criterion(logits, y_j).
 
     For criteria that take no dense targets. ``lam`` differs from row to row, so the criterion must
     give one loss per row: a function that does, or a module with a ``reduction``, which is called
-    with ``"none"`` and reduced as it would reduce itself. So rows that ``ignore_index`` leaves out
-    do not count, and class weights do.
+    with ``"none"``. The mixed losses are then reduced as the module would, with ``ignore_index``
+    and class weights.
 
     Args:
         criterion: called with ``logits`` and one target per row.
         logits: (n * B, ...), of ``result.images``.
         targets: (B, ...), of the images that were grafted, in whatever form ``criterion`` takes.
-        result: of the :func:`saliency_graft` call, or its (lam, index); None, as a module's is
-            where it mixed nothing, for criterion(logits, y_i).
+        result: of :func:`saliency_graft` or a module, or its (lam, index). None, which a module's
+            is if it mixed nothing, gives criterion(logits, y_i).
+
+    Returns:
+        A scalar, with gradient to ``logits``.
 
     Raises:
         TypeError, ValueError: a bad argument, by its name, or a loss that is not one per row.
@@ -76,7 +79,7 @@ def _losses(
     logits: Tensor,
     targets: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each row, and what each counts in the mean."""
+    """The loss of each row, and the weight of each in the mean."""
     loss = per_row(logits, targets)
     if not isinstance(loss, Tensor):
         raise TypeError(f"criterion must return a tensor; got {type(loss).__name__}")
@@ -109,7 +112,7 @@ def _lam_and_index(result: Any, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _check_row_counts(logits: Tensor, targets: Tensor, rows: int | None, batch: int | None) -> None:
-    """``rows`` of the result, and its ``batch``; None where they are what the tensors say."""
+    """Checks against the ``rows`` and the ``batch`` of the result; None: unknown."""
     if logits.dim() == 0 or (rows is not None and len(logits) != rows):
         expected = "one row per image" if rows is None else f"{rows} rows, as result has"
         raise ValueError(f"logits must have {expected}; got {tuple(logits.shape)}")

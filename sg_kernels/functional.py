@@ -34,7 +34,7 @@ class GraftResult(NamedTuple):
 
     images: Tensor
     """The grafted images (rows, C, ..., H, W), in the memory format of the input, and in its dtype
-    but for ``standardize``."""
+    unless ``standardize`` is given."""
     lam: Tensor
     """The weight of the row's own label, float32 (rows,), in [0, 1]."""
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
@@ -42,7 +42,7 @@ class GraftResult(NamedTuple):
     mask: Tensor
     """True in the cells whose pixels are the row's own, bool (rows, gh, gw)."""
     saliency: Tensor | None
-    """The saliency map, float32 (B, h, w); None where a given mask needed none."""
+    """The saliency map, float32 (B, h, w); None for a mask with label="area" and no map."""
     targets: Tensor | None
     """lam * y_i + (1 - lam) * y_j, float32 (rows, num_classes); None without targets."""
 
@@ -66,37 +66,45 @@ def saliency_graft(
     Salient patches of image i, each kept with probability p, are grafted onto image j = index[i].
     The labels are mixed by the saliency that survived of each: ``lam`` weighs the row's OWN label,
     so the target is ``lam * y_i + (1 - lam) * y_j``. Gradients flow to ``images``; no input is
-    modified.
+    modified. docs/method.md has the formulas.
 
     Args:
-        images: (B, C, H, W), any dtype of plain numbers: bool, integers, floats of 8 bits and more,
-            complex; any strides. Or (B, C, ..., H, W): what stands between C and H, as the frames
-            of a video or the slices of a volume, shares the mask. These are copied to be contiguous
-            unless they are, or in channels_last_3d, but for a stride of the batch.
-        features: the feature map whose channel-wise L1 norm is the saliency, (B, K, h, w), float16,
-            bfloat16, float32 or float64; or transformer tokens (B, N, K), see ``token_grid``.
+        images: (B, C, H, W), any strides, any dtype of plain numbers: bool, integers, floats of 8
+            bits and more, complex. Or (B, C, ..., H, W): what stands between C and H, such as the
+            frames of a video or the slices of a volume, shares the mask. These are read in place
+            if they are contiguous or in channels_last_3d, slices of the batch included, and else
+            copied first.
+        features: the feature map, (B, K, h, w), float16, bfloat16, float32 or float64, any strides;
+            or transformer tokens (B, N, K) with ``token_grid``. The saliency of a cell is the sum
+            of the absolute values of its channels.
         saliency: a ready map instead of ``features``, (B, h, w), floating, >= 0.
-        temperature: T of the softmax over the cells (the paper's patch selection), from 1e-38 to
-            1e38.
-        normalize: what the map is divided by before the softmax: its ``"max"``, its ``"mean"``, or
-            ``"none"``, as in the paper, where the T that fits depends on the channel count.
-        threshold: sigma of the patch selection: a cell is salient where its softmax exceeds it.
-            ``"mean"`` is 1 / cells; else a number in [0, 1), where 0 keeps every cell. A map on the
-            grid whose values are all within 2**-16 of its largest, relatively, counts as constant,
-            which has no salient cell.
+        channel_dim: which dimension of 4-D ``features`` is K; -1 for (B, h, w, K), as of Swin.
+        token_grid: the grid of the patch tokens: (h, w), ``"square"``, or a function of ``images``
+            that returns (h, w).
+        prefix_tokens: how many tokens precede the patches, such as CLS and registers.
+        targets: class ids (B,), any integer dtype, or dense rows (B, num_classes), multi-label too.
+        num_classes: the width of the mixed targets; needed for class ids.
+        label_smoothing: s in [0, 1]: targets become (1 - s) * mixed + s / num_classes.
         grid_size: (gh, gw), to which the map is resampled, area average down and nearest up; at
-            most (H, W). None keeps (h, w). Of a sequence of sizes one is drawn per call, as the
-            paper draws the scale per mini-batch.
-        alpha: p is drawn from Beta(alpha, alpha), once per augmentation; > 0, at most 1e6.
-        keep_prob: a fixed p in [0, 1] instead.
+            most (H, W). None keeps (h, w). Of a sequence of sizes each call draws one, as the paper
+            draws the scale per mini-batch.
+        normalize: what the map is divided by before the softmax: its ``"max"``, its ``"mean"``, or
+            ``"none"``, as in the paper, where the temperature that fits depends on K.
+        temperature: T of the softmax over the cells, from 1e-38 to 1e38.
+        threshold: sigma of the patch selection: a cell is salient if its softmax exceeds it.
+            ``"mean"`` is 1 / cells; else a number in [0, 1), of which 0 keeps every cell. A map
+            whose values all lie within 2**-16 of its largest, relatively, counts as constant and
+            has no salient cell.
         selection: ``"bernoulli"``, or ``"topk"``: the ``k`` most salient cells and no sampling, the
             paper's deterministic ablation.
-        k: the cells that ``"topk"`` keeps, 1 .. gh * gw.
+        k: how many cells ``"topk"`` keeps, 1 .. gh * gw.
+        alpha: p is drawn from Beta(alpha, alpha), once per augmentation; > 0, at most 1e6.
+        keep_prob: a fixed p in [0, 1] instead.
         mask: a mask of your own, such as CutMix boxes, bool (n * B, gh, gw), no finer than the
-            images: True where a row keeps its own pixels. The map is resampled to its grid. It
-            excludes the options that choose a grid and its cells: ``temperature``, ``normalize``,
-            ``threshold``, ``grid_size``, ``alpha``, ``keep_prob``, ``selection`` and ``k``. With
-            ``label="area"`` it needs neither ``features`` nor ``saliency``.
+            images: True where a row keeps its own pixels. The map is resampled to (gh, gw). It
+            excludes ``grid_size``, ``normalize``, ``temperature``, ``threshold``, ``selection``,
+            ``k``, ``alpha`` and ``keep_prob``. With ``label="area"`` it needs neither ``features``
+            nor ``saliency``.
         label: ``"saliency"``, the paper's calibrated label mixing, or ``"area"``: lam is the share
             of cells kept.
         norm: how surviving saliency is measured: ``"l1"``, ``"l2"`` or ``"l2sq"`` (squared l2). The
@@ -104,39 +112,33 @@ def saliency_graft(
         augmentations: n independent draws on one grid from one saliency pass: n * B rows.
         index: the pairing, instead of a drawn permutation: int64 (n * B,), in 0 .. B - 1;
             duplicates are allowed.
-        no_fixed_points: draw a pairing in which no image meets itself, unless it is the only one.
-        targets: class ids (B,), any integer dtype, or dense rows (B, num_classes), multi-label too.
-        num_classes: the width of the mixed targets; needed for class ids.
-        label_smoothing: in [0, 1]; targets become (1 - s) * mixed + s / num_classes.
-        channel_dim: which dimension of 4-D ``features`` is K; -1 for (B, h, w, K), as of Swin.
-        token_grid: the grid of the patch tokens when ``features`` is (B, N, K): (h, w),
-            ``"square"``, or a function of ``images`` that returns (h, w).
-        prefix_tokens: leading tokens to skip, such as CLS and registers.
-        standardize: (mean, std), each a number or a sequence of a number per channel, in the units
-            of ``images``: 0 .. 255 for uint8, so 255 times what timm and torchvision give. Images,
-            uint8, float16, bfloat16 or float32, then come out as images * (1 / std) - mean / std,
-            computed in float32, in the same launches: a loop needs no pass for it. ``features``
-            must come from standardised images, as the network sees them. Gradients are multiplied
-            by 1 / std.
+        no_fixed_points: draw a pairing in which no image meets itself; a batch of one image is not
+            mixed.
+        standardize: (mean, std), each a number or a sequence of one number per channel, in the
+            units of ``images``: for uint8 in 0 .. 255, so 255 times the constants of timm and
+            torchvision. Images, uint8, float16, bfloat16 or float32, come out as (images - mean) /
+            std, computed as images * (1 / std) - mean / std in float32; gradients are multiplied by
+            1 / std. ``features`` must come from standardised images.
         dtype: what standardised images come out in, float16, bfloat16 or float32; default: their
             own dtype if floating, else float32.
-        generator: where the seed is drawn from; default: torch's own CPU generator.
-        seed: instead, the 64-bit seed that decides the whole call: an int, or a one-element int64
-            tensor on the CPU or on the device of ``images``. The same seed gives the same draws on
-            every backend and device.
-        out: (n * B, C, ..., H, W) on the device of ``images``, of the dtype that they come out in,
-            to be overwritten; not with gradients.
+        seed: the 64-bit seed that decides the whole call: an int, or a one-element int64 tensor on
+            the CPU or on the device of ``images``. The same seed gives the same draws on every
+            backend and device. Default: drawn from ``generator``.
+        generator: a torch.Generator on the CPU or on the device of ``images``; default: torch's own
+            on the CPU.
+        out: (n * B, C, ..., H, W), to be overwritten with the images, on their device and of the
+            dtype that they come out in; not with gradients.
         backend: one of :func:`sg_kernels.available_backends`; default: SG_KERNELS_BACKEND, else
             ``triton`` or ``cuda`` on a GPU, ``cpp`` or ``reference`` on the CPU.
 
     Returns:
-        A :class:`GraftResult`.
+        A :class:`GraftResult`: images, lam, index, mask, saliency, targets.
 
     Raises:
         TypeError, ValueError: a bad argument, by its name. Values that lie on a GPU are not checked
             unless SG_KERNELS_DEBUG=1, nor are any under torch.compile: there a row whose index or
             class id is out of range gets lam = NaN and NaN targets.
-        RuntimeError: ``backend`` cannot run here.
+        RuntimeError: ``backend`` cannot run here, or a CUDA graph would replay one draw.
     """
     checked = options_of("saliency_graft", options)
     if seed is not None and generator is not None:
@@ -161,13 +163,16 @@ def channel_saliency(
     Args:
         features: (B, K, h, w), or tokens (B, N, K) with ``token_grid``; float16, bfloat16, float32
             or float64; any strides.
-        channel_dim: which dimension of 4-D ``features`` is K.
+        channel_dim: which dimension of 4-D ``features`` is K; -1 for (B, h, w, K).
         token_grid: the grid of the patch tokens, (h, w) or ``"square"``.
-        prefix_tokens: leading tokens to skip.
+        prefix_tokens: how many tokens precede the patches.
         backend: as in :func:`saliency_graft`.
 
     Returns:
-        (B, h, w), float32, in which it is accumulated.
+        (B, h, w), float32, summed in float32.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by its name.
     """
     options = Options(channel_dim=channel_dim, token_grid=token_grid, prefix_tokens=prefix_tokens)
     features = checks.feature_map(features, options)
@@ -185,19 +190,24 @@ def graft(
 ) -> Tensor:
     """Row r takes image r % B where its mask is True and image index[r] elsewhere, bit for bit.
 
-    Any mask serves: CutMix boxes, Attentive CutMix, a mask drawn for images and now applied to
-    their segmentation maps. Pixel (y, x) lies in cell (y * gh // H, x * gw // W). Gradients flow to
-    ``images``.
+    For masks of any kind, such as CutMix boxes, and for tensors that must be cut like the images,
+    such as segmentation maps. Pixel (y, x) lies in cell (y * gh // H, x * gw // W). Gradients flow
+    to ``images``.
 
     Args:
-        images: (B, C, H, W), (B, C, ..., H, W) or (B, H, W), as in :func:`saliency_graft`.
+        images: (B, C, H, W), (B, C, ..., H, W) or (B, H, W), any dtype that
+            :func:`saliency_graft` takes; one-hot maps with the classes first.
         mask: bool (n * B, gh, gw), no finer than the images.
         index: int64 (n * B,), in 0 .. B - 1; duplicates are allowed.
-        out: n * B images, to be overwritten; not with gradients.
+        out: n * B images of the same dtype, to be overwritten; not with gradients.
         backend: as in :func:`saliency_graft`.
 
     Returns:
         n * B images, in the dtype and memory format of ``images``.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by its name. On a GPU, where values are not checked,
+            a row whose index is out of range is a copy of its own image.
     """
     checks.check_images(images, least_dims=3)
     batch, device = images.shape[0], images.device
@@ -246,6 +256,10 @@ def mix_targets(
 
     Returns:
         (n * B, num_classes), float32.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by its name. On a GPU, where values are not checked,
+            a row whose index or class id is out of range is NaN.
     """
     options = Options(num_classes=num_classes, label_smoothing=label_smoothing)
     checks.check_tensor("targets", targets, "(B,) or (B, num_classes)", 1, 2)
@@ -340,7 +354,7 @@ class Tensors(NamedTuple):
 
 
 class Randomness(NamedTuple):
-    """What the draws of a call follow from."""
+    """Where the draws of a call come from."""
 
     source: Tensor | torch.Generator | None = None
     """The seed, int64 (1,), or the generator that draws it; None: torch's own on the CPU."""
@@ -365,7 +379,7 @@ class Plan(NamedTuple):
     """Of the operator, as far as they need no draw: tensors detached but for the images, features
     as (B, K, h, w), targets as int64 ids or float32 rows."""
     sizes: tuple[tuple[int, int], ...]
-    """The grid sizes, of which one is drawn."""
+    """The grid sizes to draw from; one size is not drawn."""
     backend: str
     differentiable: bool
 
@@ -486,7 +500,7 @@ def _check_evidence(options: Options, tensors: Tensors, batch: int) -> tuple[str
 def _check_sizes(
     options: Options, images: Tensor, name: str, source: Tensor
 ) -> tuple[tuple[int, int], ...]:
-    """The grid sizes of which one is drawn."""
+    """The grid sizes to draw from, checked."""
     height, width = images.shape[-2:]
     h, w = source.shape[-2:]
     sizes = options.sizes((h, w))

@@ -31,63 +31,65 @@ MAX_RANK = 2**31 - 1
 
 
 class SaliencyGraft(nn.Module):
-    """Grafts a batch and mixes its targets: ``mixed, targets = mixer(images, targets)``.
+    """Saliency Grafting in a training loop: ``mixed, targets = mixer(images, targets)``.
 
-    In training mode it mixes; in ``.eval()`` it returns its inputs. The arguments that are not
-    listed here are the options of :func:`sg_kernels.saliency_graft`.
+    In training mode it grafts a batch and mixes its targets; in ``.eval()`` it returns its inputs.
+    It must be on the device of the images. docs/training-loops.md shows it in loops.
 
-    With ``standardize`` it standardises all images that it returns, in every mode and whether or
-    not the call grafts, and those of the clean pass that it makes itself. A clean pass that the
-    loop makes must be of standardised images too: see :meth:`standardize`.
+    Features: the module taps ``layer`` and takes its output in a forward pass of the clean images,
+    before each call that grafts. With ``network`` it makes that pass itself, unless the loop has
+    made one: in eval mode, without gradient, at ``pass_scale`` of the resolution. A pass that the
+    loop makes is an ordinary one, in which BatchNorm updates its statistics; :meth:`needs_pass`
+    says whether the next call needs one. The layer must run once per pass.
 
-    The randomness is two buffers, ``seed`` and ``step``. Each call advances ``step``, so a
-    state_dict resumes exactly; a checkpoint without them loads and leaves them as they are. Under
-    torch.distributed each rank draws its own stream. The module must be on the device of the
-    images, and outside of what activation checkpointing recomputes.
+    Targets: class ids (B,) with ``num_classes``, or dense rows (B, num_classes). In training mode
+    they always come back as dense float32 rows, (n * B, num_classes) with n augmentations, also
+    where nothing is mixed.
 
-    The features come from the tapped layer, in a forward pass of the clean images before each call.
-    With ``network`` the module makes that pass itself, in eval mode and without gradient, where a
-    call needs one and none was seen. A pass that the training loop makes is an ordinary one: in
-    ``.train()`` BatchNorm updates its statistics, and dropout drops. The layer must run once per
-    pass.
+    Randomness: two buffers, ``seed`` and ``step``. Each call that draws advances ``step``, so a
+    state_dict resumes the draws exactly; a checkpoint without them loads and leaves them as they
+    are. Under torch.distributed each rank draws its own stream.
 
-    A deepcopy of the module together with its layer taps the copied layer. A copy of the module
-    alone taps nothing, and a copy of the layer alone is not tapped. A pickle, such as torch.save's,
-    keeps no tap: call :meth:`tap` after loading it. No copy keeps :attr:`result` or the features of
-    a pass.
+    Copies: a deepcopy of the module together with its layer taps the copied layer, a copy of one
+    alone is not tapped, and a pickle keeps no tap: call :meth:`tap` after loading it.
 
     Args:
         layer: the module whose output is the feature map, or its name in ``network``. None: give
             ``features`` or ``saliency`` with each call.
-        network: makes the clean pass where a call needs one. Its mode, its buffers and torch's
-            generators stay as they are.
-        pass_scale: the resolution of that pass, in (0, 1]: 0.5 costs about a quarter, and gives a
-            map of half the size.
-        to_features: turns the layer's output into features, (B, K, h, w) or, with ``token_grid``,
-            (B, N, K): picks one of a tuple, or permutes (B, h, w, K).
+        network: makes the clean pass if a call needs one. Its mode, its buffers and torch's
+            generators stay as they are. The module does not keep it alive.
+        pass_scale: the resolution of that pass over that of the images, in (0, 1]: 0.5 costs about
+            a quarter, and halves the sides of the map.
+        to_features: a function of the layer's output that returns the features, such as one that
+            picks an item of a tuple.
         mixed_pass: whether the layer also sees the mixed images. True: the pass after a call is
             taken for theirs, and only passes with the layer in training mode count. False: every
-            pass counts, in either mode, and the last one before the call is taken for the clean
-            images: for a layer of another network, such as a frozen teacher, and for a layer that
-            is in ``.eval()`` during the clean pass.
-        prob: the probability that a call grafts; settable. A call that does not has lam = 1, and
-            needs no clean pass: see :meth:`needs_pass`.
-        warmup_epochs: the epochs, from 0, in which nothing is grafted, because an untrained network
-            has no salient features; see :meth:`set_epoch`.
+            pass counts, in either mode, and a call uses the last one before it. Give False for a
+            layer of another network, such as a frozen teacher, and for a layer that is in
+            ``.eval()`` during the clean pass of the loop.
+        prob: the probability that a call grafts, in [0, 1]. A call that does not has lam = 1 and
+            needs no clean pass. Settable.
+        warmup_epochs: how many epochs, from 0, graft nothing, as an untrained network has no
+            salient features. Needs :meth:`set_epoch`.
         seed: a 64-bit int, or an int64 tensor of one element, which is copied; default: drawn from
             torch's own CPU generator, on each rank from its own.
-        rank: the stream that this process draws; default: its rank under torch.distributed. Ranks
-            that share a batch, as in tensor parallelism, must give the same rank and seed. Under
-            FSDP ranks that do so make the passes of ``network`` together, where ``prob`` needs one;
-            without it every call makes one, as ranks cannot pass alone.
-        group: instead, the process group in which this process's rank is its stream, such as the
-            data-parallel one.
+        rank: the number of this process's random stream; default: its rank under
+            torch.distributed. Ranks that share a batch, as in tensor parallelism, must give the
+            same rank and seed. Under FSDP ``network`` makes a pass for every call, as other ranks
+            may need one; with ``rank`` given, only for those that graft, so then all ranks must
+            give the same rank and seed.
+        group: instead, a process group, such as the data-parallel one: the number is the rank in
+            it.
+        temperature, ..., standardize, dtype, backend: the options of
+            :func:`sg_kernels.saliency_graft`, with its defaults. ``temperature`` is settable. With
+            ``standardize`` all images come out standardised, whether or not a call grafts, in
+            ``.eval()`` too, and ``network`` sees standardised images. A clean pass that the loop
+            makes must see them too: :meth:`standardize`.
 
     Attributes:
-        temperature: the option of that name; settable.
         result: the :class:`sg_kernels.GraftResult` of the last call, its images detached; None
-            where nothing was mixed: in ``.eval()``, in the warm-up and at ``prob=0``. It keeps that
-            batch in memory until the next call, or until it is set to None.
+            if nothing was mixed. It keeps that batch in memory until the next call, or until it is
+            set to None.
 
     Raises:
         TypeError, ValueError: a bad argument, by its name.
@@ -164,22 +166,24 @@ class SaliencyGraft(nn.Module):
         saliency: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Grafts ``images``, (B, C, H, W) or (B, C, ..., H, W), and mixes ``targets``, (B,) ids or
-        (B, num_classes).
+        """Grafts ``images`` and mixes ``targets``.
 
-        ``features`` or ``saliency``, as in :func:`sg_kernels.saliency_graft`, take precedence over
-        the tapped layer. Returns the mixed images and targets, float32 (rows, num_classes), or None
-        without targets. In training mode the targets always have that form: in the warm-up and at
-        ``prob=0`` they are unmixed, and the images are returned as they are, or standardised.
-        :attr:`result` keeps the rest.
+        Args:
+            images: (B, C, H, W) or (B, C, ..., H, W).
+            targets: class ids (B,), or dense rows (B, num_classes).
+            features, saliency: as in :func:`sg_kernels.saliency_graft`, instead of the tapped
+                layer's output.
+            mask: as in :func:`sg_kernels.saliency_graft`; with ``label="area"`` the call needs no
+                features. A call that ``prob`` leaves out does not apply it.
 
-        ``mask``, too, is as in :func:`sg_kernels.saliency_graft`: with ``label="area"`` the call
-        needs no features. A draw in which the coin of ``prob`` says no does not graft, with a mask
-        as without, so its rows of ``result.mask`` are True.
+        Returns:
+            The images, and the targets as float32 (n * B, num_classes), or None without targets.
+            In the warm-up and at ``prob=0`` both are unmixed, in ``.eval()`` both are as given.
+            :attr:`result` keeps the rest.
 
         Raises:
-            TypeError, ValueError: as :func:`sg_kernels.saliency_graft` does; also where the module
-                is not on the device of ``images``, or the layer returned no tensor.
+            TypeError, ValueError: as :func:`sg_kernels.saliency_graft` does; also if the module is
+                not on the device of ``images``, or the layer returned no tensor.
             RuntimeError: the call is made in a DataLoader's worker or while activation
                 checkpointing recomputes, the layer has seen no pass since the last call, or its
                 output was changed in place. A call that raises spends neither the pass nor a step.
@@ -221,8 +225,8 @@ class SaliencyGraft(nn.Module):
         return result.images, result.targets
 
     def standardize(self, images: Tensor) -> Tensor:
-        """The images as they come out of a call that grafts nothing: with the option
-        ``standardize`` standardised, else as they are. For a clean pass that the loop makes.
+        """The images of a clean pass that the loop makes: standardised if the option
+        ``standardize`` is given, else as they are.
         """
         if self.options.standardize is None:
             return images
@@ -251,9 +255,9 @@ class SaliencyGraft(nn.Module):
     def needs_pass(self) -> bool:
         """Whether the next call grafts, and so needs the features of a clean pass.
 
-        False in ``.eval()``, in the warm-up, at ``prob=0``, and where the coin of ``prob`` says no.
-        It is the coin of the call itself, so asking changes no draw. Ask outside of what
-        torch.compile compiles; on a GPU the first answer costs a sync.
+        False in ``.eval()``, in the warm-up, at ``prob=0``, and for a call that ``prob`` leaves
+        out. Asking changes no draw. Inside code that torch.compile compiles it is True whatever
+        ``prob`` is, unless 0; on a GPU the first answer costs a sync.
         """
         if not self.training or self._warming_up or self.prob == 0:
             return False
@@ -267,12 +271,12 @@ class SaliencyGraft(nn.Module):
         return any(coin < int(self.prob * rng.ONE) for coin in coins)
 
     def reset(self) -> None:
-        """Forgets the passes seen so far: after a batch whose mixed pass was skipped."""
+        """Forgets the passes seen so far. Call it after a batch whose mixed pass was skipped."""
         if self._tap is not None:
             self._tap.reset()
 
     def reset_parameters(self) -> None:
-        """Starts the draws anew, as ``to_empty()`` requires: at the given seed, or a fresh one."""
+        """Starts the draws anew, from the given seed or a fresh one; after ``to_empty()``."""
         self.seed.copy_(ops.draw_seed() if self._given_seed is None else self._given_seed)
         self.step.zero_()
         if self.quantiles is not None:
@@ -291,7 +295,7 @@ class SaliencyGraft(nn.Module):
         return super().train(mode)
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch, from 0, the next calls belong to."""
+        """Sets the epoch, from 0, of the next calls; for ``warmup_epochs``."""
         check_int("epoch", epoch, 0)
         self._warming_up = epoch < self.warmup_epochs
         self._epoch_was_set = True
@@ -329,7 +333,7 @@ class SaliencyGraft(nn.Module):
         return None if self._network is None else self._network()
 
     def hold(self, tap: Tap, network: nn.Module | None) -> None:
-        """Takes features from ``tap``, as a copied layer's hook asks of the copied module."""
+        """Takes features from ``tap``; a copied layer's hook calls this on the copied module."""
         self._tap = tap
         self._network = None if network is None else weakref.ref(network)
 
@@ -343,7 +347,7 @@ class SaliencyGraft(nn.Module):
         return {**self.__dict__, "result": None, "_tap": None, "_network": None}
 
     def _spend(self) -> None:
-        """Counts a call that has advanced the step."""
+        """Counts a call that has advanced the step, and uses up the features."""
         if self._host_state is not None:
             self._host_state = (self._host_state[0], self._host_state[1] + 1)
         if self._tap is not None:
@@ -366,7 +370,7 @@ class SaliencyGraft(nn.Module):
     def _joins_passes_of_others(self, network: nn.Module | None) -> bool:
         """Whether other ranks may make a clean pass that waits for this one.
 
-        So it is under FSDP, where each pass gathers the weights, and each rank has its own draws.
+        That happens under FSDP: each pass gathers the weights, and each rank draws for itself.
         """
         distributed = torch.distributed
         if network is None or self._rank_was_given or torch.compiler.is_compiling():

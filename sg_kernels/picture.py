@@ -1,4 +1,4 @@
-"""Draws what a call did to each image; matplotlib is imported when that is asked for."""
+"""Draws what a call did to each image; matplotlib is imported only then."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 SOURCE, DESTINATION = "#e4572e", "#2e6f95"
-"""Colours: of image i, of which a row keeps the masked cells, and of image j."""
+"""The colours of image i, of which a row keeps the cells of the mask, and of image j."""
 TITLES = {
     "source $i$": SOURCE,
     "destination $j$": DESTINATION,
@@ -25,11 +25,11 @@ TITLES = {
     "target": "black",
 }
 MOST_ROWS = 8
-"""Of a picture whose rows are not given."""
+"""Rows drawn if none are chosen."""
 MOST_CLASSES = 3
-"""Of a target, the largest first."""
+"""Classes named per target, the largest first."""
 LEAST_WEIGHT = 0.05
-"""Of a class that is named; below, it is label smoothing or next to nothing."""
+"""The least weight of a class that is named; less is label smoothing or next to nothing."""
 ROW_HEIGHT, WIDTH, TITLE_HEIGHT = 1.75, 10.5, 0.4  # inches
 
 
@@ -43,19 +43,20 @@ def show(
 ) -> "FigureBase":
     """Draws source, destination, saliency, mask, graft and target of each row.
 
-    In the mask, and in the bars of lam, the colours are those of the titles: what is kept of the
-    source, and what the destination shows. A result without saliency leaves its place empty.
+    The mask and the bars of lam have the colours of the titles: one for what is kept of the source,
+    one for what shows of the destination. Without a saliency map its column stays empty.
 
     Args:
         result: of :func:`sg_kernels.saliency_graft`, or a module's.
-        images: (B, 1 or 3, H, W), those that were grafted. uint8, and floats in [0, 1], are drawn
-            as they are; anything else is scaled, each channel from its range in the batch.
-        names: of the classes, for targets. Default: their numbers.
+        images: the images that were grafted, (B, 1, H, W) or (B, 3, H, W). uint8, and floats in
+            [0, 1], are drawn as they are; anything else is scaled, each channel by its range in the
+            batch.
+        names: the names of the classes; default: their numbers.
         rows: which rows of the result to draw; default: the first 8.
-        figure: a matplotlib ``Figure`` or ``SubFigure`` to draw in; default: a new one of pyplot.
+        figure: a matplotlib ``Figure`` or ``SubFigure`` to draw in; default: a new figure.
 
     Returns:
-        The figure, with six axes a row, row by row.
+        The figure, with six axes per row, row by row.
 
     Raises:
         TypeError, ValueError: a bad argument, by its name.

@@ -19,24 +19,23 @@ class Mixup:
     """timm's ``Mixup`` that also grafts: ``x, targets = mixup_fn(x, targets)``.
 
     One draw per batch decides. With probability ``prob * graft_prob`` the batch is grafted; else
-    it goes to timm's own Mixup, which mixes so many of these that ``prob`` remains the share of the
-    batches that are mixed (of the images, in the modes ``"elem"`` and ``"pair"``). The draw is that
-    of :attr:`grafter`, so timm's draws from NumPy's generator are its own, and ``graft_prob=0``
-    gives what timm gives.
+    it goes to timm's own Mixup, whose probability is set so that ``prob`` remains the share of the
+    batches that are mixed (of the images, in the modes ``"elem"`` and ``"pair"``). The draw comes
+    from :attr:`grafter`, not from NumPy's generator, which timm uses, so ``graft_prob=0`` gives
+    what timm gives.
 
     As timm does, it takes class ids (B,), or with ``multi_label`` dense rows (B, num_classes), and
-    returns dense targets (B, num_classes). A grafted batch is a new tensor, where timm writes to
-    ``x``. timm takes even batches only; here the last image of an odd one that is not grafted
-    goes unmixed.
+    returns dense targets (B, num_classes). A grafted batch is a new tensor; timm writes to ``x``.
+    timm takes even batches only; here the last image of an odd batch that timm mixes stays unmixed.
 
     Args:
-        mixup_alpha, cutmix_alpha, cutmix_minmax, switch_prob, mode, correct_lam: of the batches
+        mixup_alpha, cutmix_alpha, cutmix_minmax, switch_prob, mode, correct_lam: for the batches
             that are not grafted, as in ``timm.data.Mixup``.
         prob: the share of batches that are mixed at all.
-        label_smoothing: as in ``timm.data.Mixup``, in grafted batches too.
+        label_smoothing: as in ``timm.data.Mixup``, for grafted batches too.
         num_classes: the width of the targets.
         multi_label: the targets are multi-label rows, which timm smooths towards 1/2.
-        graft_prob: the share of the mixed batches that is grafted.
+        graft_prob: the share of the mixed batches that are grafted.
         graft_options: of :class:`sg_kernels.SaliencyGraft`: ``layer`` and ``network``, which
             grafting needs, ``pass_scale``, ``seed`` and the rest, except ``augmentations``.
 
