@@ -19,8 +19,8 @@ def prepare(
 ) -> tuple[nn.Module, Optimizer, DataLoader, SaliencyGraft]:
     """Prepares all but the mixer, which has nothing to train.
 
-    The mixer makes its clean pass with the unwrapped network. Accelerate has already given that
-    one its autocast, and DistributedDataParallel need not know of a pass without gradient.
+    The mixer makes its clean pass with the unwrapped network, which already has Accelerate's
+    autocast; a pass without gradient needs no DistributedDataParallel.
     """
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     network = accelerator.unwrap_model(model)

@@ -2,8 +2,8 @@
 
     python examples/demo.py [--epochs 100] [--seeds 5] [--batch-norm] [--output build/demo.png]
 
-Trains a small network with and without grafting, compares the backends (do they agree, how long do
-they take?), and draws grafted images.
+Trains a small network with and without grafting, compares the results and the times of the
+backends, and draws grafted images.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def compare_training(epochs: int, seeds: int, batch_norm: bool) -> nn.Module:
 def median_times(images: Tensor, features: Tensor, calls: int = 100) -> dict[str, float]:
     """Milliseconds per call of each available backend, with fresh outputs.
 
-    The backends take turns, so that a slow spell of the machine meets all of them.
+    The backends take turns, so that a slow phase of the machine affects all of them.
     """
     times: dict[str, list[float]] = {name: [] for name in available_backends()}
     for seed in tqdm(range(calls), unit="round", desc="timing"):
@@ -172,7 +172,7 @@ class Panel(NamedTuple):
     names: list[str]
     index: list[int]
     rows: list[int]
-    """Those drawn."""
+    """The rows to draw."""
 
 
 def photographs() -> Panel:

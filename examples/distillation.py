@@ -1,4 +1,4 @@
-"""Knowledge distillation: a frozen teacher gives the saliency, and soft targets to mix."""
+"""Knowledge distillation with grafts: a frozen teacher gives the saliency and soft targets."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ def distillation_loss(
 ) -> Tensor:
     """The student's loss on a grafted batch: to the mixed labels, and to the teacher's.
 
-    The teacher runs once, on the clean images. What it says of them is mixed as the labels are.
+    The teacher runs once, on the clean images. Its soft targets are mixed as the labels are.
 
     Args:
         teacher: in ``.eval()``.
@@ -28,12 +28,12 @@ def distillation_loss(
         weight: of the distillation, in [0, 1].
     """
     with torch.no_grad():
-        said = teacher(images).div(temperature).softmax(1)
+        soft_targets = teacher(images).div(temperature).softmax(1)
     mixed, mixed_targets = mixer(images, targets)
     if mixer.result is not None:
-        said = mix_targets(said, mixer.result.lam, mixer.result.index)
+        soft_targets = mix_targets(soft_targets, mixer.result.lam, mixer.result.index)
     logits = student(mixed)
-    to_teacher = F.kl_div(logits.div(temperature).log_softmax(1), said, reduction="batchmean")
-    return (1 - weight) * F.cross_entropy(
-        logits, mixed_targets
-    ) + weight * temperature**2 * to_teacher
+    to_labels = F.cross_entropy(logits, mixed_targets)
+    student_log = logits.div(temperature).log_softmax(1)
+    to_teacher = F.kl_div(student_log, soft_targets, reduction="batchmean")
+    return (1 - weight) * to_labels + weight * temperature**2 * to_teacher

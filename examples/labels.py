@@ -1,4 +1,7 @@
-"""Other methods' masks and labels on the operators of sg_kernels; see docs/labels.md."""
+"""CutMix, Attentive CutMix and TransMix-like labels with the functions of sg_kernels.
+
+For masks or labels that differ from Saliency Grafting's; docs/labels.md explains them.
+"""
 
 from collections.abc import Callable
 

@@ -18,8 +18,8 @@ class Graft(lightning.Callback):
 
     A callback cannot return another batch, but ``training_step`` gets the list that its hook saw.
     So the batch must be a list [images, targets, ...], as PyTorch's own collate_fn makes it. If
-    yours is of another kind, call the mixer in ``on_after_batch_transfer`` of the LightningModule,
-    where ``self.trainer.training``.
+    yours is of another kind, call the mixer in ``on_after_batch_transfer`` of the LightningModule
+    instead, if ``self.trainer.training``.
 
     The mixer is no part of the LightningModule, so Lightning's WeightAveraging leaves its seed
     alone, and checkpoints of the network do not contain it. The callback's own state does.

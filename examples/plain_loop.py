@@ -1,4 +1,4 @@
-"""Saliency Grafting in a plain loop: mixed precision, gradient accumulation, an average of the
+"""Saliency Grafting in a plain PyTorch loop: mixed precision, gradient accumulation, averaged
 weights, torch.compile, and a checkpoint that resumes exactly."""
 
 from pathlib import Path
@@ -26,7 +26,8 @@ def train(
 ) -> nn.Module:
     """Trains ``model``, from ``checkpoint`` if there is one, and returns the average."""
     device = next(model.parameters()).device
-    # Beside the model, not in it: the average includes buffers, and a seed has no average.
+    # Beside the model, not in it: the average includes buffers, and the mixer's are a seed and a
+    # counter.
     mixer = SaliencyGraft(layer, network=model, num_classes=num_classes, prob=0.5, seed=0)
     mixer.to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)

@@ -1,4 +1,4 @@
-"""Grafts images together with their label maps."""
+"""Saliency Grafting for segmentation: images are grafted together with their label maps."""
 
 from torch import Tensor
 
@@ -8,8 +8,7 @@ from sg_kernels import SaliencyGraft, graft
 def graft_with_maps(mixer: SaliencyGraft, images: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mixed images, and the maps cut and pasted in the same places.
 
-    Pixels keep their labels, so there is nothing to weigh: the loss is the one you have, and pixels
-    of ``ignore_index`` stay what they are.
+    Pixels keep their labels, so the loss stays as it is, and so do pixels of ``ignore_index``.
 
     Args:
         mixer: without ``augmentations``; it needs no ``num_classes``.

@@ -1,4 +1,4 @@
-"""Grafting in timm's training task, where images are normalised and on the device.
+"""Saliency Grafting in timm's training task, where images are normalised and on the device.
 
     task = GraftingTask(model, Mixup(layer="layer3", network=model, num_classes=1000))
     loss = task(images, targets)["loss"]

@@ -3,8 +3,7 @@
     mixer = SaliencyGraft("resnet.encoder.stages.2", network=model, num_classes=1000, prob=0.5)
     GraftTrainer(model, arguments, train_dataset=dataset, mixer=mixer).train()
 
-Not in the data collator: there the network cannot say what is salient, and a worker process has no
-copy of it.
+Do not mix in the data collator: it has no network that could give the saliency.
 """
 
 from pathlib import Path
@@ -21,11 +20,11 @@ from sg_kernels import SaliencyGraft
 class GraftTrainer(Trainer):
     """Mixes the training batches, for networks that take ``pixel_values`` and return ``logits``.
 
-    It computes the loss itself. A network that is given soft targets takes them for several labels
-    per image and answers with a binary cross-entropy.
+    It computes the loss itself. A network that is given soft targets would take them for several
+    labels per image and compute a binary cross-entropy.
     """
 
-    loss_is_scaled_for_ga = False  # it is the mean of a batch: divide it where batches accumulate
+    loss_is_scaled_for_ga = False  # Trainer must divide the loss by the accumulated batches
 
     def __init__(self, *args: Any, mixer: SaliencyGraft, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -46,7 +45,7 @@ class GraftTrainer(Trainer):
         loss = F.cross_entropy(outputs.logits, targets)
         return (loss, outputs) if return_outputs else loss
 
-    # With the states of all other generators, for which Trainer has no public hook.
+    # Saved with the states of all other generators; Trainer has no public hook for them.
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.should_save:

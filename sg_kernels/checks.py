@@ -99,7 +99,7 @@ def check_grid_size(name: str, grid_size: tuple[int, int], height: int, width: i
 
 
 def check_mask(mask: Any, images: Tensor) -> tuple[int, int, int]:
-    """Checks a mask for ``images`` but for the number of its rows. Returns its shape."""
+    """Checks a mask for ``images``, except the number of its rows. Returns its shape."""
     shape = "(n * B, gh, gw)"
     check_tensor("mask", mask, shape, 3, dtypes=(torch.bool,), device=images.device)
     rows, gh, gw = mask.shape
@@ -163,7 +163,7 @@ def check_standardize(images: Tensor, options: Options) -> None:
     if images.dtype not in STANDARDIZED_DTYPES:
         accepted = " or ".join(map(str, STANDARDIZED_DTYPES))
         raise TypeError(
-            f"standardize takes images of {accepted}, as it reckons in float32; got {images.dtype}"
+            f"standardize takes images of {accepted}, as it computes in float32; got {images.dtype}"
         )
     count, channels = len(options.mean_and_std()[0]), images.shape[1]
     if count != 1 and count != channels:  # not `in`: Dynamo finds no symbol in a tuple

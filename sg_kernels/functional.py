@@ -376,8 +376,8 @@ class Plan(NamedTuple):
     """What a call does, once its arguments are checked."""
 
     arguments: dict[str, Any]
-    """Of the operator, as far as they need no draw: tensors detached but for the images, features
-    as (B, K, h, w), targets as int64 ids or float32 rows."""
+    """Those of the operator that need no draw: tensors detached except the images, features as
+    (B, K, h, w), targets as int64 ids or float32 rows."""
     sizes: tuple[tuple[int, int], ...]
     """The grid sizes to draw from; one size is not drawn."""
     backend: str
@@ -451,7 +451,7 @@ def check(
         "targets": targets,
         "num_classes": num_classes,
         "step": randomness.step,
-        # The only image of a batch cannot but meet itself.
+        # In a batch of one the image can only meet itself.
         "no_fixed_points": options.no_fixed_points and batch != 1,
     }
     if options.standardize is not None:

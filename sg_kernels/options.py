@@ -41,7 +41,7 @@ REPLACED_BY_MASK = (
 """The options that a mask excludes: of stages 3 to 5, and the grid, which is the mask's own."""
 
 SCALARS = (str, bool, int, float, type(None))
-"""Types whose values are told apart by type and value alone."""
+"""Types whose values can key a cache: equal type and value mean the same option."""
 
 Check = Callable[[str, Any], None]
 Function = TypeVar("Function", bound=Callable[..., Any])

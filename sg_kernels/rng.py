@@ -30,7 +30,7 @@ QUANTILE_BINS = 1024
 QUANTILE_SHIFT = 32 - (QUANTILE_BINS - 1).bit_length()
 """The bits of a word that say where in its bin it lies."""
 QUANTILE_BITS = 24
-"""Nodes of the table are rounded to so many bits: too few for the last bit of a libm to show."""
+"""Bits of the nodes of the table: coarse enough to hide differences between libms."""
 
 
 class Stream(IntEnum):
@@ -105,7 +105,7 @@ def _integral_above(density: np.ndarray) -> np.ndarray:
 def _beta_quantiles(alpha: float) -> tuple[int, ...]:
     # With x = 1 / (1 + exp(t)) the density in t is (2 cosh(t/2))^(-2 alpha): smooth, no pole at any
     # alpha. Its tail beyond t is about exp(-alpha t), and the width of its bulk sqrt(2 / alpha).
-    alpha = max(alpha, 1e-9)  # where p is 0 or 1 but for one draw in millions
+    alpha = max(alpha, 1e-9)  # below, p is 0 or 1 in all but one draw in millions
     t = np.linspace(0.0, 40.0 / alpha + 16.0 / np.sqrt(alpha), 1 << 16)
     log_density = -2.0 * alpha * (np.logaddexp(t / 2, -t / 2) - np.log(2.0))
     density = np.exp(log_density)
@@ -126,8 +126,8 @@ def beta_quantiles(alpha: float) -> Tensor:
     """Inverse CDF of Beta(alpha, alpha) at k/1024, as thresholds: int64 (1025,), 0 .. 2**32.
 
     Any ``alpha`` > 0. :func:`keep_threshold` interpolates between the nodes, so the CDF of what is
-    drawn is nowhere off by 1/1024, but that a p within 2**-25 of 0 or 1 becomes 0 or 1. The first
-    and the last node keep the mean of their bins.
+    drawn is off by less than 1/1024 everywhere. A p within 2**-25 of 0 or 1 becomes 0 or 1. The
+    first and the last node keep the mean of their bins.
     """
     return torch.tensor(_beta_quantiles(alpha), device="cpu")
 

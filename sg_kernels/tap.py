@@ -184,8 +184,8 @@ class Tap:
         return tap
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # A file of the network holds nothing of ours: a hook of the standard library that does
-        # nothing takes this one's place, as an entry of a dictionary cannot be left out.
+        # A pickled network must load without this package, and its dictionary of hooks must keep
+        # the entry: a method of the standard library that does nothing takes this hook's place.
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 
@@ -195,7 +195,9 @@ def recomputes() -> bool:
 
 
 def _without_ddp(network: nn.Module) -> nn.Module:
-    """DistributedDataParallel would broadcast buffers, on those ranks alone that make a pass."""
+    """The network inside DistributedDataParallel, which would broadcast buffers although only some
+    ranks make the pass.
+    """
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 

@@ -1,4 +1,4 @@
-"""Saliency Grafting beside timm's mixup and cutmix; this module alone needs timm."""
+"""Saliency Grafting beside timm's mixup and cutmix; the only module that needs timm."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -47,7 +47,7 @@ def random_images(dtype: torch.dtype, size: tuple[int, ...] = (SIDE, SIDE)) -> T
 
 
 def random_pixels(dtype: torch.dtype) -> Tensor:
-    """0 .. 255, as NaNs have no payload to compare once they are reckoned with."""
+    """0 .. 255: no NaNs, as arithmetic may change their payload."""
     return (255 * torch.rand(BATCH, CHANNELS, SIDE, SIDE)).to(dtype)
 
 

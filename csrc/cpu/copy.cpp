@@ -153,7 +153,7 @@ std::vector<std::int64_t> along_cycles(
 }
 
 std::int64_t strips_per_row(std::int64_t rows, std::int64_t bytes, Grid grid) {
-  // Every strip works out its row's mask again, which does not pay for copying less.
+  // Every strip computes its row's mask again, which pays from this many bytes on.
   constexpr std::int64_t kWorthCutting = 256 << 10;
   constexpr std::int64_t kStripsPerThread = 4;  // so that threads finish at about the same time
   const std::int64_t wanted = kStripsPerThread * torch::stable::get_num_threads();

@@ -1,4 +1,4 @@
-// Pass 2: from the saliency to a row's image, lam and target. And stage 8 alone.
+// Pass 2: from the saliency to a row's image, lam and target. Also stage 8 alone.
 #include <algorithm>
 #include <limits>
 #include <memory>

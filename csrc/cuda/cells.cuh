@@ -1,4 +1,4 @@
-// The stages that a block works out on the cells of a row: 2 to 5, 7 and 8; the functions are named
+// The stages that a block computes on the cells of a row: 2 to 5, 7 and 8; the functions are named
 // as in sg_kernels/backends/reference.py.
 #pragma once
 

@@ -23,7 +23,7 @@ constexpr std::int64_t kMaxTiles = 64;
 // Tiles shrink until there are this many per multiprocessor, to hide the latency of memory.
 constexpr std::int64_t kTilesPerSm = 2;
 // Blocks of launch 2 per multiprocessor: two rounds, so that the last to finish cost little. More
-// would work out more masks again.
+// would repeat more masks.
 constexpr std::int64_t kPartsPerSm = 2 * kBlocksPerSm;
 
 // Kernels count pixels, cells and bytes of a line in 32 bits, with room for a block that reaches

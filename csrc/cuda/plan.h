@@ -27,8 +27,8 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 
 enum class Layout { kPlanes, kChannelsLast, kGiven };
 
-// How launch 1 sums channels. kPlanes: it reads rows of `planes` channels, so many that a row is a
-// whole number of chunks, and a thread adds up one chunk of many rows. kChannelsLast: `lanes`
+// How launch 1 sums channels. kPlanes: it reads rows of `planes` channels, which make a row a whole
+// number of chunks, and a thread adds up one chunk of many rows. kChannelsLast: `lanes`
 // neighbouring threads add up the channels of a cell. kGiven: the map is ready.
 struct SaliencyPlan {
   Layout layout;

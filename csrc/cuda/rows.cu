@@ -1,5 +1,5 @@
-// Launch 2: from the saliency to a row's image, lam and target. If the device runs all blocks of
-// both launches at once, they are one launch. And stage 8 alone.
+// Launch 2: from the saliency to a row's image, lam and target. If all blocks of both launches fit
+// the device at once, one launch does both. Also stage 8 alone.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -50,7 +50,7 @@ __device__ void finish_row(
   }
 }
 
-// One task of launch 2: works out a row's mask and copies a part of its tiles.
+// One task of launch 2: computes a row's mask and copies a part of its tiles.
 template <bool kStandardized>
 __device__ void rows_task(const RowsWork& work, int task) {
   __shared__ float held[2 * kMaxCells];

@@ -1,5 +1,5 @@
-// Stage 6, where images come out standardised: as copy.cuh, but number by number. A tile counts
-// bytes as if the wider of what is read and what is written were as narrow as the other.
+// Stage 6, where images come out standardised: as copy.cuh, but number by number. Tiles are counted
+// in bytes of the narrower type, of what is read and what is written.
 #pragma once
 
 #include "copy.cuh"
@@ -10,7 +10,7 @@ namespace sg_kernels::cuda {
 template <bool kStandardized>
 constexpr int kCopyBlocksPerSm = kStandardized ? kLargeBlocksPerSm : kBlocksPerSm;
 
-// Neighbouring numbers that are read or written in as few accesses as may be.
+// Neighbouring numbers that are read or written in as few accesses as possible.
 template <class T, int kLanes>
 struct Numbers {
   static constexpr int kBytes = kLanes * static_cast<int>(sizeof(T));

@@ -145,7 +145,8 @@ def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None
 def affine(mean: Sequence[float], std: Sequence[float], channels: int) -> Tensor:
     """The scale 1 / std and the shift -mean / std of each channel, float32 (2, channels).
 
-    Rounded once, from float64. Each of the means counts for as many channels, side by side.
+    Rounded once, from float64. With fewer means than channels, each serves equally many
+    neighbouring channels.
     """
     pairs = [[1 / s for s in std], [-m / s for m, s in zip(mean, std)]]
     rounded = torch.tensor(pairs, dtype=torch.float64, device="cpu").float()

@@ -1,4 +1,4 @@
-"""How a kernel is compiled, once for its constants, and then launched with little on the way."""
+"""Compiles a kernel once for its constants, and launches it with little work on the host."""
 
 import os
 from functools import lru_cache
@@ -21,7 +21,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 @lru_cache
 def multiprocessors(device: int) -> int:
-    """Of a CUDA device by its index; 1 for the interpreter, whose tensors have no index: -1."""
+    """How many a CUDA device has, by its index; 1 for the interpreter, whose index is -1."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
 
 
@@ -39,7 +39,7 @@ def overlaps(device: int) -> bool:
 def options_of(
     function: Any, threads: int, constants: tuple[Any, ...], warp_size: int
 ) -> dict[str, Any]:
-    """What the compiler is told beside the constants, of which OVERLAPS concerns it too."""
+    """The compiler's options; the constant OVERLAPS sets one of them."""
     named = zip([p.name for p in function.params if p.is_constexpr], constants)
     options = {
         "num_warps": max(1, threads // warp_size),
