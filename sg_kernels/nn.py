@@ -80,11 +80,11 @@ class SaliencyGraft(nn.Module):
             give the same rank and seed.
         group: instead, a process group, such as the data-parallel one: the number is the rank in
             it.
-        temperature, ..., standardize, dtype, backend: the options of
-            :func:`sg_kernels.saliency_graft`, with its defaults. ``temperature`` is settable. With
-            ``standardize`` all images come out standardised, whether or not a call grafts, in
-            ``.eval()`` too, and ``network`` sees standardised images. A clean pass that the loop
-            makes must see them too: :meth:`standardize`.
+        **options: those of :func:`sg_kernels.saliency_graft`, with its defaults: ``num_classes``,
+            ``temperature`` (settable), ``grid_size``, ``channel_dim``, ``token_grid``,
+            ``augmentations`` and so on. With ``standardize`` all images come out standardised,
+            whether or not a call grafts, in ``.eval()`` too, and ``network`` sees standardised
+            images. A clean pass that the loop makes must see them too: :meth:`standardize`.
 
     Attributes:
         result: the :class:`sg_kernels.GraftResult` of the last call, its images detached; None
@@ -177,8 +177,9 @@ class SaliencyGraft(nn.Module):
                 features. A call that ``prob`` leaves out does not apply it.
 
         Returns:
-            The images, and the targets as float32 (n * B, num_classes), or None without targets.
-            In the warm-up and at ``prob=0`` both are unmixed, in ``.eval()`` both are as given.
+            The mixed images, and the mixed targets as float32 (n * B, num_classes), or None without
+            targets. In the warm-up and at ``prob=0`` both are unmixed, (B, ...); in ``.eval()``
+            both are as given. With ``standardize`` the images are standardised in any case.
             :attr:`result` keeps the rest.
 
         Raises:
