@@ -87,9 +87,10 @@ class SaliencyGraft(nn.Module):
             images. A clean pass that the loop makes must see them too: :meth:`standardize`.
 
     Attributes:
-        result: the :class:`sg_kernels.GraftResult` of the last call, its images detached; None
-            if nothing was mixed. It keeps that batch in memory until the next call, or until it is
-            set to None.
+        result: the :class:`sg_kernels.GraftResult` of the last call, its images detached; None in
+            ``.eval()``, in the warm-up, at ``prob=0``, and after a call that ``prob`` left out and
+            that had no features. With features such a call has lam = 1. It keeps that batch in
+            memory until the next call, or until it is set to None.
 
     Raises:
         TypeError, ValueError: a bad argument, by its name.
