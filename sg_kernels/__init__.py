@@ -3,7 +3,6 @@
 from sg_kernels.backends import available_backends, unavailable_backends
 from sg_kernels.criterion import mix_criterion
 from sg_kernels.functional import (
-    GraftResult,
     Shares,
     channel_saliency,
     graft,
@@ -13,6 +12,7 @@ from sg_kernels.functional import (
 )
 from sg_kernels.nn import SaliencyGraft
 from sg_kernels.picture import show
+from sg_kernels.pipeline import GraftResult
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,7 @@ class Call(NamedTuple):
     """The arguments of the operator, in order; its schema is generated from these annotations.
 
     Shapes: B images, rows = augmentations * B outputs, grid_size = (gh, gw). The operator trusts
-    them: :mod:`sg_kernels.functional` checks what a user gives.
+    them: :mod:`sg_kernels.pipeline` checks what a user gives.
     """
 
     images: Tensor

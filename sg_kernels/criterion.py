@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sg_kernels import checks
-from sg_kernels.functional import GraftResult
+from sg_kernels.pipeline import GraftResult
 
 
 def mix_criterion(

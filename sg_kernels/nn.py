@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 from typing_extensions import Self, Unpack
 
-from sg_kernels import backends, checks, functional, ops, rng
+from sg_kernels import backends, checks, ops, pipeline, rng
 from sg_kernels.backends import reference
-from sg_kernels.functional import Randomness, Tensors
+from sg_kernels.functional import mix_targets
 from sg_kernels.options import (
     DEFAULTS,
     TYPES,
@@ -24,6 +24,7 @@ from sg_kernels.options import (
     lists_options,
     options_of,
 )
+from sg_kernels.pipeline import GraftResult, Randomness, Tensors
 from sg_kernels.tap import Tap, recomputes
 
 MAX_RANK = 2**31 - 1
@@ -150,7 +151,7 @@ class SaliencyGraft(nn.Module):
             table = rng.beta_quantiles(self.options.alpha).to(step.device)
         self.register_buffer("quantiles", table, persistent=False)
         self.register_buffer("affine_bits", self._made_affine(step.device), persistent=False)
-        self.result: functional.GraftResult | None = None
+        self.result: GraftResult | None = None
         self._host_state: tuple[int, int] | None = None
         self.register_load_state_dict_post_hook(_resume)
         self._tap: Tap | None = None
@@ -221,9 +222,9 @@ class SaliencyGraft(nn.Module):
         randomness = Randomness(
             seed, step, rank, lambda: self._host_call_seed(rank), self.prob, quantiles
         )
-        result = functional.run(self.options, tensors, randomness, self._affine())
+        result = pipeline.run(self.options, tensors, randomness, self._affine())
         self._spend()
-        self.result = functional.GraftResult(result.images.detach(), *result[1:])
+        self.result = GraftResult(result.images.detach(), *result[1:])
         return result.images, result.targets
 
     def standardize(self, images: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ class SaliencyGraft(nn.Module):
             return images
         checks.check_images(images)
         checks.check_standardize(images, self.options)
-        affine = functional.affine_of(self.options, images, self._affine())
+        affine = pipeline.affine_of(self.options, images, self._affine())
         return reference.standardize(images, affine).to(self.options.out_dtype(images))
 
     @property
@@ -415,7 +416,7 @@ class SaliencyGraft(nn.Module):
         if targets is not None:
             checks.ids_or_rows(targets, options, batch, images.device)
             rows = torch.arange(batch, device=images.device).repeat(copies)
-            targets = functional.mix_targets(
+            targets = mix_targets(
                 targets,
                 torch.ones_like(rows, dtype=torch.float32),
                 rows,

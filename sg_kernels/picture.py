@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sg_kernels import checks
-from sg_kernels.functional import GraftResult, graft
+from sg_kernels.functional import graft
+from sg_kernels.pipeline import GraftResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

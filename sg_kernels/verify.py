@@ -16,6 +16,7 @@ from sg_kernels.backends import reference
 from sg_kernels.call import DTYPES, NORM
 from sg_kernels.checks import FEATURE_DTYPES, IMAGE_DTYPES, STANDARDIZED_DTYPES
 from sg_kernels.options import Options
+from sg_kernels.pipeline import GraftResult
 
 BATCH, CHANNELS, SIDE, CLASSES = 6, 3, 24, 7
 FEATURES = 40, 6, 6
@@ -190,7 +191,7 @@ def _bytes(images: Tensor) -> Tensor:
     return images.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
-def _map_of(result: functional.GraftResult) -> Tensor:
+def _map_of(result: GraftResult) -> Tensor:
     """The saliency of a call; ones where it needed none."""
     if result.saliency is None:
         return torch.ones(BATCH, 1, 1, device=result.lam.device)

@@ -5,7 +5,7 @@ import torch
 
 from sg_kernels import ops
 from sg_kernels.call import WRITTEN, Call, Outputs
-from sg_kernels.functional import PASSED
+from sg_kernels.pipeline import PASSED
 
 
 @pytest.mark.operators

@@ -279,6 +279,14 @@ def test_half_to_empty_and_copies_leave_the_scale_as_it_is(backend):
     assert set(module(backend).state_dict()) == {"seed", "step"}
 
 
+def test_the_module_has_its_scale_on_the_device_for_any_channels(backend, monkeypatch):
+    monkeypatch.setattr(ops, "affine", None)  # which a captured call could not copy to a GPU
+    images, features = pixels((4, 3, 16, 16), torch.uint8), torch.rand(4, 5, 4, 4)
+    graft = module(backend, standardize=(3.0, 2.0))
+    graft(images, features=features)
+    assert_standardized(graft.result, images, (3.0, 2.0), torch.float32, backend)
+
+
 def test_without_standardize_the_module_returns_what_it_is_given(backend):
     images = pixels((4, 3, 8, 8), torch.uint8)
     graft = SaliencyGraft(num_classes=3, backend=backend)

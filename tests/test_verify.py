@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sg_kernels
-from sg_kernels import functional, ops, verify
+from sg_kernels import ops, pipeline, verify
 from sg_kernels.backends import reference
 from sg_kernels.call import Outputs
 
@@ -68,13 +68,13 @@ def wrong_saliency(outputs):
     "wrong", [wrong_index, wrong_mask, wrong_images, wrong_lam, wrong_targets, wrong_saliency]
 )
 def test_a_backend_that_differs_is_found_and_named(few_cases, capsys, monkeypatch, wrong):
-    execute = functional.execute
+    execute = pipeline.execute
 
     def differs(plan, call):
         outputs = Outputs(*execute(plan, call))
         return wrong(outputs) if plan.backend == "cpp" else outputs
 
-    monkeypatch.setattr(functional, "execute", differs)
+    monkeypatch.setattr(pipeline, "execute", differs)
     assert not verify.verify("cpu")
     what = wrong.__name__.removeprefix("wrong_")
     found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cpp, ")]
