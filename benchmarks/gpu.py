@@ -2,20 +2,23 @@
 
     python -m benchmarks.gpu [--results DIR] [--dry]
 
-A part that fails or hangs does not keep the others from running. DIR/gpu.txt lists how each ended,
-with the last lines of those that failed; it is rewritten after every part. DIR/logs holds all that
-they printed. ``--dry`` rehearses the same parts without a GPU, into build/dry: Triton's kernels
-interpreted, CUDA's emulated, a few cases and tiny shapes.
+A part that fails or hangs does not keep the others from running. DIR, build/gpu unless given, gets
+two files, rewritten after every part: gpu.txt says how each part ended and on which machine, and
+holds the tables and the CSV of the benchmarks; gpu-log.tar.gz holds all that was printed, the CSV
+and the plots. ``--dry`` rehearses the same parts without a GPU: Triton's kernels interpreted,
+CUDA's compiled and emulated, a few cases and tiny shapes, and more time.
 """
 
 import argparse
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,170 +28,288 @@ ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 EMULATION = "build/emulation/libsg_kernels_cuda.so"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+MACHINE = "nvidia-smi; nvcc --version; lscpu | head -20; free -g"
+PROBE = "import torch; assert torch.ones(9, device='{}').sum().item() == 9; print('it runs')"
 NOT_OF_A_BACKEND = [
     f"--ignore-glob=tests/{name}"
     for name in (
-        "benchmarks",
-        "habits",
-        "triton",
-        "test_triton*",
-        "test_distribution.py",
-        "test_gpu.py",
+        *("benchmarks", "habits", "test_triton*", "test_driver.py", "test_gpu.py"),
+        *("test_distribution.py", "test_docs.py", "test_examples.py", "test_setup.py"),
+        "test_timm.py",
     )
 ]
-DEADLINE = 510
-"""Seconds after the start at which whatever still runs is ended."""
+DEADLINE = 510.0
+"""Seconds after the start at which whatever still runs is interrupted."""
+GRACE = 8.0
+"""Seconds in which what was interrupted may say what it has, before it is killed."""
+PATIENCE = 6
+"""So many times as long may a rehearsal take, on two processors that others use too."""
 TAIL = 40
-"""Lines of a log that the summary repeats."""
+"""Lines of a log that gpu.txt repeats where a part failed."""
+MOST, MOST_OF_A_LOG = 1 << 20, 1 << 19
+"""Bytes of gpu.txt; of each log in the pack, so that two dozen stay below 16 MiB."""
 
 
 class Part(NamedTuple):
     name: str
     command: list[str]
+    environment: dict[str, str] | None = None
+    needs: str | None = None
+    """The part of an earlier stage without which this one is left out."""
+    shown: bool = False
+    """Whether gpu.txt repeats all that it prints."""
+
+
+class Stage(NamedTuple):
+    """Parts that run at the same time, on as many processors as there are."""
+
     limit: float
     """In seconds."""
-    environment: dict[str, str] | None = None
+    parts: list[Part]
 
 
 class Outcome(NamedTuple):
-    name: str
+    part: Part
     result: str
     seconds: float
     lines: list[str]
     """What it printed."""
 
+    @property
+    def failed(self) -> bool:
+        return self.result not in ("passed", "left out")
 
-def stages(results: Path, dry: bool) -> list[list[Part]]:
-    """The parts of a stage run at the same time, the stages one after the other."""
-    if dry:
-        building = {"SG_KERNELS_CUDA": "1" if shutil.which("nvcc") else "0"}
-        testing = {"TRITON_INTERPRET": "1", "SG_KERNELS_EMULATION": EMULATION}
-        emulation = [Part("emulation", [PYTHON, "tests/emulation/build.py", EMULATION], 100)]
-        few, few_of_triton, quick = ["--cases", "1"], ["--cases", "1"], ["-m", "not slow"]
-        measured, limit = ["--quick"], float(DEADLINE)
-    else:
-        major, minor = torch.cuda.get_device_capability()
-        building = {"SG_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}+PTX"}
-        testing, emulation = {}, []
-        few, few_of_triton, quick = [], ["--cases", "8"], []
-        measured, limit = ["--rounds", "31"], 150.0
 
-    def tests(name: str, *arguments: str, under: tuple[str, ...] = (), **more: str) -> Part:
-        # A test that hangs says where. Only the tests' own plugins, whatever is installed.
-        pytest = [PYTHON, "-m", "pytest", "-vv", "-p", "no:cacheprovider"]
-        command = [*under, *pytest, "-o", "faulthandler_timeout=60", *arguments]
-        alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-        return Part(name, command, limit, {**alone, **testing, **more})
-
-    def suite(backend: str, count: int) -> list[Part]:
-        these = ["-k", backend, *quick, *(few_of_triton if backend == "triton" else few)]
-        return [
-            tests(
-                f"suite, {backend} {i + 1} of {count}",
-                *(*NOT_OF_A_BACKEND, *these, "--shard", f"{i}/{count}"),
-            )
-            for i in range(1 if dry else count)
-        ]
-
-    def sanitized(tool: str) -> Part:
-        # PyTorch itself makes calls that fail, and handles them.
-        tolerant = ("--report-api-errors", "no", "--error-exitcode", "9")
-        under = () if dry else ("compute-sanitizer", "--tool", tool, *tolerant)
-        small = ["tests/test_gpu.py", "-m", "sanitize", "-x", *few]
-        return tests(f"sanitizer, {tool}", *small, under=under, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-
-    sanitizers = [sanitized(tool) for tool in TOOLS[: 1 if dry else None]]
-    compare = [PYTHON, "-m", "benchmarks.speed.compare", "--results", str(results), *measured]
-    gpu_tests = tests("gpu tests", "tests/test_gpu.py", *quick, *few)
+def stages(work: Path, dry: bool) -> list[Stage]:
+    """One after the other."""
+    device, patience = ("cpu", PATIENCE) if dry else ("cuda", 1)
+    major, minor = (9, 0) if dry else torch.cuda.get_device_capability()
+    building = {"SG_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    rehearsing = {"TRITON_INTERPRET": "1"} if dry else {}
+    build = [PYTHON, "setup.py", "build_ext", "--inplace", "--force", "--parallel", "2"]
+    emulation = [Part("emulation", [PYTHON, "tests/emulation/build.py", EMULATION])]
+    probe = [*under("memcheck", dry), PYTHON, "-c", PROBE.format(device)]
+    package = [PYTHON, "-m", "sg_kernels"]
+    compare = [PYTHON, "-m", "benchmarks.speed.compare", "--results", str(work)]
+    measured = ["--quick"] if dry else ["--rounds", "31"]
+    built = [
+        Part("build", build, building),
+        *emulation[: int(dry)],
+        Part("sanitizer probe", probe),
+        Part("machine", ["sh", "-c", MACHINE], shown=True),
+    ]
+    tested = [
+        Part("environment", [*package, "info"], rehearsing, shown=True),
+        Part("verify", [*package, "verify", "--device", device], shown=True),
+        *tests(dry),
+    ]
     return [
-        [Part("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 120, building), *emulation],
-        # Six shards, since compiling Triton's kernels takes most of the time.
-        [gpu_tests, *suite("triton", 6), *suite("cuda", 2), *sanitizers],
-        [Part("benchmarks", compare, 400)],
+        Stage(120 * patience, built),
+        Stage(150 * patience, tested),
+        Stage(DEADLINE * patience, [Part("benchmarks", [*compare, *measured], rehearsing)]),
     ]
 
 
-def run(parts: list[Part], logs: Path, deadline: float) -> Iterator[Outcome]:
-    """Yields how each ended, as they end. None outlives its limit, the deadline or this call."""
-    running = {}
-    start = time.monotonic()
+def under(tool: str, dry: bool) -> list[str]:
+    """The command of compute-sanitizer; PyTorch itself makes calls that fail, and handles them."""
+    tolerant = ["--report-api-errors", "no", "--error-exitcode", "9"]
+    return [] if dry else ["compute-sanitizer", "--tool", tool, *tolerant]
+
+
+def tests(dry: bool) -> list[Part]:
+    """In shards, as compiling Triton's kernels takes most of the time. Each is a process: a kernel
+    that brings the device down fails the tests that come after it in its own shard only."""
+    few, quick = (["--cases", "1"], ["-m", "not slow"]) if dry else ([], [])
+    # A test that hangs says where. Only the tests' own plugins, whatever is installed.
+    pytest = [PYTHON, "-m", "pytest", "-vv", "-ra", "-p", "no:cacheprovider"]
+    pytest += ["-o", f"faulthandler_timeout={60 * (PATIENCE if dry else 1)}"]
+    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"NCCL_SOCKET_IFNAME": "lo"}
+    if dry:
+        environment |= {"TRITON_INTERPRET": "1", "SG_KERNELS_EMULATION": EMULATION}
+
+    def sharded(name: str, count: int, *arguments: str, needs: str | None = None) -> list[Part]:
+        count = 1 if dry else count
+        command = [*pytest, *arguments, *quick, "--shard"]
+        return [
+            Part(f"{name} {i + 1} of {count}", [*command, f"{i}/{count}"], environment, needs)
+            for i in range(count)
+        ]
+
+    def sanitized(tool: str) -> Part:
+        small = [*under(tool, dry), *pytest, "tests/test_gpu.py", "-m", "sanitize", "-x", *few]
+        uncached = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Part(f"sanitizer, {tool}", small, uncached, needs="sanitizer probe")
+
+    several = few or ["--cases", "8"]
+    return [
+        *sharded("gpu tests", 3, "tests/test_gpu.py", *few),
+        *sharded("suite, triton", 6, *NOT_OF_A_BACKEND, "-k", "triton", *several),
+        *sharded("suite, cuda", 2, *NOT_OF_A_BACKEND, "-k", "cuda", *few, needs="build"),
+        *map(sanitized, TOOLS[: 1 if dry else None]),
+    ]
+
+
+class Running(NamedTuple):
+    part: Part
+    log: Path
+    process: "subprocess.Popen[bytes]"
+    start: float
+
+    @classmethod
+    def begin(cls, part: Part, logs: Path) -> "Running":
+        log = logs / f"{part.name.replace(',', '').replace(' ', '-')}.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                part.command,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(part.environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return cls(part, log, process, time.monotonic())
+
+    def signal(self, number: int) -> None:
+        """To it and to everything that it has started."""
+        os.killpg(self.process.pid, number)
+
+    def stop(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+    def outcome(self, late: bool) -> Outcome:
+        seconds, code = time.monotonic() - self.start, self.process.returncode
+        result = f"ended after {seconds:.1f} s" if late else f"failed ({code})" * bool(code)
+        lines = self.log.read_text(errors="replace").splitlines()
+        printed = [line for line in lines if line.strip()]
+        return Outcome(self.part, result or "passed", seconds, printed)
+
+
+def run(stage: Stage, logs: Path, deadline: float) -> Iterator[Outcome]:
+    """Yields how each part ended, as they end. None outlives this call."""
+    waiting, running = list(stage.parts), list[Running]()
+    end, interrupted = min(time.monotonic() + stage.limit, deadline), False
     try:
-        for part in parts:
-            log = logs / f"{part.name.replace(',', '').replace(' ', '-')}.log"
-            try:
-                with log.open("w") as output:
-                    process = subprocess.Popen(
-                        part.command,
-                        env={**os.environ, "PYTHONUNBUFFERED": "1", **(part.environment or {})},
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-            except OSError as error:
-                yield Outcome(part.name, "did not start", 0.0, [str(error)])
-            else:
-                running[process] = part, log, min(start + part.limit, deadline)
-        while running:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1) and not interrupted:
+                part = waiting.pop(0)
+                try:
+                    running.append(Running.begin(part, logs))
+                except OSError as error:
+                    yield Outcome(part, "did not start", 0.0, [str(error)])
             time.sleep(0.1)
-            for process, (part, log, end) in list(running.items()):
-                late = process.poll() is None and time.monotonic() > end
-                if late:
-                    stop(process)
-                if process.returncode is None:
-                    continue
-                del running[process]
-                seconds = time.monotonic() - start
-                failed = f"failed ({process.returncode})" if process.returncode else "passed"
-                result = f"ended after {seconds:.1f} s" if late else failed
-                lines = log.read_text(errors="replace").splitlines()
-                yield Outcome(part.name, result, seconds, [line for line in lines if line.strip()])
+            for each in [each for each in running if each.process.poll() is not None]:
+                running.remove(each)
+                yield each.outcome(late=interrupted)
+            if not interrupted and time.monotonic() > end:
+                # As Ctrl-C would: pytest then shows the failures so far.
+                interrupted = True
+                for each in running:
+                    each.signal(signal.SIGINT)
+                yield from (Outcome(part, "not started in time", 0.0, []) for part in waiting)
+                waiting.clear()
+            if time.monotonic() > end + GRACE:
+                for each in running:
+                    each.stop()
     finally:
-        for process in running:
-            stop(process)
+        for each in running:
+            each.stop()
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
-    """Ends it with everything that it has started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def run_all(planned: Iterable[Stage], logs: Path, deadline: float) -> Iterator[Outcome]:
+    """The stages, without the parts that need what failed."""
+    passed = {None}
+    for stage in planned:
+        wanted = [part for part in stage.parts if part.needs in passed]
+        for part in stage.parts:
+            if part not in wanted:
+                yield Outcome(part, "left out", 0.0, [f"{part.needs} did not pass"])
+        print("running " + "; ".join(part.name for part in wanted), flush=True)
+        for outcome in run(stage._replace(parts=wanted), logs, deadline):
+            passed |= {outcome.part.name} if outcome.result == "passed" else set()
+            yield outcome
 
 
-def summary(outcomes: list[Outcome]) -> str:
-    """The last lines of the parts that failed, then a table of all."""
-    failed = [outcome for outcome in outcomes if outcome.result != "passed"]
-    ends = ["\n".join([f"---- {o.name}: {o.result}", *o.lines[-TAIL:]]) for o in failed]
+def summary(outcomes: list[Outcome], work: Path) -> str:
+    """A table of all parts, the last lines of those that failed, and the benchmarks."""
     line = "{:<24}  {:<20}  {:>7}  {}".format
-    rows = [line(o.name, o.result, f"{o.seconds:.0f}", "".join(o.lines[-1:])) for o in outcomes]
-    header = line("part", "result", "seconds", "its last line")
-    return "\n\n".join([*ends, "\n".join([header, *rows])]) + "\n"
+    rows = [
+        line(o.part.name, o.result, f"{o.seconds:.0f}", "".join(o.lines[-1:])) for o in outcomes
+    ]
+    sections = ["\n".join([line("part", "result", "seconds", "its last line"), *rows])]
+    for part, result, _, lines in outcomes:
+        if part.shown or result not in ("passed", "left out"):
+            chosen = lines if part.shown else lines[-TAIL:]
+            sections.append("\n".join([f"---- {part.name}: {result}", *chosen]))
+    for csv in work.glob("*.csv"):
+        sections += [tables(csv), f"---- {csv.name}\n{csv.read_text()}"]
+    return "\n\n".join(sections).encode()[: MOST - 1].decode(errors="ignore") + "\n"
+
+
+def tables(csv: Path) -> str:
+    """Of the benchmarks, as far as they have come."""
+    try:
+        from benchmarks.speed import compare, results
+
+        return compare.tables(results.read(csv))
+    except Exception as error:  # the rest of the summary is worth having without
+        return f"no tables: {type(error).__name__}: {error}"
+
+
+def pack(work: Path, path: Path) -> None:
+    """What the parts printed, the CSV and the plots. Of a long log the start and the end."""
+    unfinished = path.with_suffix(".part")
+    with tarfile.open(unfinished, "w:gz") as archive:
+        for file in sorted(work.rglob("*")):
+            if file.suffix not in (".log", ".csv", ".png"):
+                continue
+            content = file.read_bytes()
+            if file.suffix == ".log" and len(content) > MOST_OF_A_LOG:
+                half = MOST_OF_A_LOG // 2
+                content = content[:half] + b"\n[...]\n" + content[-half:]
+            entry = tarfile.TarInfo(file.relative_to(work).as_posix())
+            entry.size, entry.mtime = len(content), int(file.stat().st_mtime)
+            archive.addfile(entry, io.BytesIO(content))
+    unfinished.replace(path)
 
 
 def main() -> None:
-    deadline = time.monotonic() + DEADLINE
+    start = time.monotonic()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, help="where to write")
+    parser.add_argument("--results", type=Path, help="where gpu.txt and gpu-log.tar.gz go")
     parser.add_argument("--dry", action="store_true", help="rehearse it without a GPU")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         sys.exit("There is no CUDA device; --dry rehearses without one.")
-    results = options.results or ROOT / ("build/dry" if options.dry else "benchmarks/results")
-    results = results.resolve()
+    work = ROOT / "build" / ("gpu-dry" if options.dry else "gpu")
+    results, logs = (options.results or work).resolve(), work / "logs"
     os.chdir(ROOT)
-    # CUDA is often installed without being on the PATH.
+    shutil.rmtree(work, ignore_errors=True)
+    logs.mkdir(parents=True)
+    results.mkdir(parents=True, exist_ok=True)
+    # CUDA is often installed without being on the PATH. What one part compiles, all others use.
     os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
-    logs = results / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(work / "triton")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
+    # In the background of a shell it is ignored, and the parts would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     outcomes: list[Outcome] = []
-    for stage in stages(results, options.dry):
-        print("running " + "; ".join(part.name for part in stage), flush=True)
-        for outcome in run(stage, logs, deadline):
+    deadline = start + DEADLINE * (PATIENCE if options.dry else 1)
+    try:
+        for outcome in run_all(stages(work, options.dry), logs, deadline):
             outcomes.append(outcome)
-            (results / "gpu.txt").write_text(summary(outcomes))
-            print(f"{outcome.seconds:5.0f} s  {outcome.name}: {outcome.result}", flush=True)
-    print(f"\n{summary(outcomes)}")
-    sys.exit(any(outcome.result != "passed" for outcome in outcomes))
+            write(outcomes, work, results)
+            print(f"{outcome.seconds:5.0f} s  {outcome.part.name}: {outcome.result}", flush=True)
+    finally:  # where it is ended from outside, too
+        write(outcomes, work, results)
+    print(f"\n{(results / 'gpu.txt').read_text().partition('---- ')[0]}wrote {results}")
+    sys.exit(any(outcome.failed for outcome in outcomes))
+
+
+def write(outcomes: list[Outcome], work: Path, results: Path) -> None:
+    (results / "gpu.txt").write_text(summary(outcomes, work))
+    pack(work, results / "gpu-log.tar.gz")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 import sg_kernels
 from benchmarks import rivals
 from benchmarks.rivals import import_library
-from benchmarks.speed.cases import Case, Data, features_bytes, fill
+from benchmarks.speed.cases import MEAN, STD, Case, Data, features_bytes, fill
 from sg_kernels import backends, call, rng
 from sg_kernels.backends import reference
 
@@ -34,6 +34,7 @@ class Candidate(NamedTuple):
 
 
 COPY, COMPILED = "copy_ of the same bytes", "compiled reference"
+STANDARDIZING, IN_TURN = "standardising alone", "triton, launches in turn"
 TARGETS, MAP_GIVEN, SALIENCY = ", targets", ", out=, map given", " channel_saliency"
 
 
@@ -57,10 +58,30 @@ def ours(backend: str) -> list[Candidate]:
         return graft(case, data, targets=data.labels, num_classes=case.num_classes)
 
     return [
-        Candidate(backend, graft, whole=True),
+        Candidate(backend, graft, whole=True, against=("",)),
         Candidate(f"{backend}, out=", into_out, whole=True),
         Candidate(backend + TARGETS, with_targets, whole=True),
     ]
+
+
+def in_turn() -> Candidate:
+    """Triton, whose second launch waits for the end of the first: SG_KERNELS_OVERLAP=0."""
+
+    def build(case: Case, data: Data) -> Run:
+        from sg_kernels.backends.triton import operators
+
+        graft = ours("triton")[0].build(case, data)
+
+        def run() -> Any:
+            overlaps, operators.overlaps = operators.overlaps, lambda device: False
+            try:
+                return graft()
+            finally:
+                operators.overlaps = overlaps
+
+        return run
+
+    return Candidate(IN_TURN, build, whole=True, against=("",))
 
 
 def stages(backend: str) -> list[Candidate]:
@@ -172,6 +193,18 @@ def in_storage_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def standardizing() -> Candidate:
+    """What a loader does to uint8 before a network sees it, in plain PyTorch as timm's does."""
+
+    def build(case: Case, data: Data) -> Run:
+        dtype = case.standardized or case.dtype
+        mean, std = (torch.tensor(each, device=data.images.device) for each in (MEAN, STD))
+        mean, std = (each.to(dtype).view(-1, 1, 1) for each in (mean, std))
+        return lambda: data.images.to(dtype).sub_(mean).div_(std)
+
+    return Candidate(STANDARDIZING, build, against=("",))
+
+
 def two_launches() -> Candidate:
     """Two kernels with next to nothing to do: what launching costs the device."""
 
@@ -247,4 +280,5 @@ def everything(device: str) -> list[Candidate]:
     """All but what is compiled."""
     own = [each for name in own_backends(device) for each in (*ours(name), *stages(name))]
     launches = [two_launches()] if device == "cuda" else []
-    return [*own, EAGER, *copies(), *launches, *peers()]
+    turns = [in_turn()] if "triton" in own_backends(device) else []
+    return [*own, *turns, EAGER, *copies(), *launches, *peers()]

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+"""Of ImageNet's pixels, 0 .. 255."""
+
 
 class Case(NamedTuple):
     """One call of saliency_graft."""
@@ -23,6 +26,8 @@ class Case(NamedTuple):
     prefix_tokens: int = 0
     grid_size: tuple[int, int] | None = None
     augmentations: int = 1
+    standardized: torch.dtype | None = None
+    """In which the images come out standardised; None: as they went in."""
 
     @property
     def shape(self) -> str:
@@ -41,7 +46,10 @@ class Case(NamedTuple):
     def options(self) -> dict[str, Any]:
         """The keyword arguments of saliency_graft."""
         names = ("token_grid", "prefix_tokens", "grid_size", "augmentations")
-        return {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names}
+        if self.standardized is None:
+            return options
+        return {**options, "standardize": (MEAN, STD), "dtype": self.standardized}
 
     @property
     def map_size(self) -> tuple[int, int]:
@@ -87,8 +95,9 @@ def floor_bytes(case: Case) -> int:
     Maps, masks and labels are thousands of times smaller and not counted. An image counts once,
     although some of its pixels are read twice and as many never.
     """
-    images = math.prod(case.images) * case.dtype.itemsize
-    return features_bytes(case) + (1 + case.augmentations) * images
+    pixels, out = math.prod(case.images), case.standardized or case.dtype
+    per_pixel = case.dtype.itemsize + case.augmentations * out.itemsize
+    return features_bytes(case) + pixels * per_pixel
 
 
 def features_bytes(case: Case) -> int:
@@ -120,6 +129,19 @@ def headline(device: str, quick: bool) -> list[Case]:
     if device == "cuda":
         return [wrn("cifar"), resnet50("imagenet", 256, **BF16_LAST)]
     return [wrn("cifar"), resnet50("imagenet", 64)]
+
+
+def several(device: str, quick: bool) -> Case:
+    """Four augmentations in one call."""
+    case = headline(device, quick)[-1]
+    return case._replace(name=f"{case.name}, four augmentations", augmentations=4)
+
+
+def standardized(device: str, quick: bool) -> Case:
+    """Pixels as a loader brings them, which come out as the network takes them."""
+    case = headline(device, quick)[-1]
+    dtypes = {"dtype": torch.uint8, "features_dtype": case.dtype, "standardized": case.dtype}
+    return case._replace(name=f"{case.name}, standardised", **dtypes)
 
 
 def paper(device: str) -> list[Case]:

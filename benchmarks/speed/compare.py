@@ -26,13 +26,17 @@ from benchmarks.speed.candidates import (
     COMPILED,
     COPY,
     EAGER,
+    IN_TURN,
+    STANDARDIZING,
     Candidate,
     Run,
     compiled,
     copies,
     everything,
+    in_turn,
     ours,
     own_backends,
+    standardizing,
     two_launches,
 )
 from benchmarks.speed.cases import Case, floor_bytes, make_data
@@ -41,9 +45,10 @@ from benchmarks.speed.measure import DeviceClock, Timed, interleave, reason
 from benchmarks.speed.memory import peak_memory
 from benchmarks.speed.results import Row, absent, row_of
 from benchmarks.speed.step import measure_steps
+from sg_kernels.backends import DEVICES
 
 TIME, DEVICE_TIME = "time", "device time"
-OVER_COPY = f"time / {COPY}"
+OVER_COPY, OVER_STANDARDIZING = f"time / {COPY}", f"time / {STANDARDIZING}"
 OVER_FLOOR = "time / the floor at the copy bandwidth"
 OVER_LARGER_FLOOR = "time / that floor or two launches"
 N_CALLS = "time / n calls of one"
@@ -70,7 +75,7 @@ def main() -> None:
     run, rows = results.describe_run(device), [Row("machine", "", "all", LOAD, load)]
     print(f"{LOAD}: {load} (near 0, or the times are too long)")
     clock = DeviceClock() if device == "cuda" else None
-    rounds = 5 if options.quick else options.rounds
+    rounds = 2 if options.quick else options.rounds
     for more in measure_all(device, clock, options.quick, rounds):
         rows += more
         results.write(path, run, rows)
@@ -80,7 +85,7 @@ def main() -> None:
         plots.draw(path)
     except Exception as error:  # matplotlib is missing, or there is nothing to draw
         print(f"no plots: {reason(error)}")
-    print(f"{results.summary(results.read(path))}\n\nwrote {path} and its plots")
+    print(f"{tables(results.read(path))}\n\nwrote {path} and its plots")
 
 
 def measure_all(
@@ -90,13 +95,22 @@ def measure_all(
     headlines = cases.headline(device, quick)
     # Before anything is profiled, which can slow down every later launch.
     backends = (*own_backends(device), "reference")
+    few = min(rounds, max(5, rounds // 4))
     yield from guarded("tiny", host_times(backends, device, rounds))
     for case in headlines:
         yield from guarded(case.name, headline(case, everything(device), device, clock, rounds))
     if clock is None:
         yield from guarded("peak memory", peak_memory(quick))
+    own = [ours(backend) for backend in own_backends(device)]
+    ahead = [each[0] for each in own]
+    case = cases.standardized(device, quick)
+    yield from guarded(case.name, grow([case], [*ahead, standardizing()], device, clock, rounds))
+    case = cases.several(device, quick)
+    yield from guarded(case.name, grow([case], ahead, device, clock, rounds))
+    turns = [in_turn()] if "triton" in own_backends(device) else []
+    growing = [EAGER, copies()[0], *(c for each in own for c in each[:2]), *turns]
     for axis, points in cases.growth(quick).items():
-        yield from guarded(axis, grow(points, device, clock, max(5, rounds // 4)))
+        yield from guarded(axis, grow(points, growing, device, clock, few))
     steps = 3 if quick else max(15, rounds // 8)
     yield from guarded("training step", measure_steps(device, quick, steps), grad=True)
     for case in headlines:
@@ -186,16 +200,19 @@ class Prepared:
     def ratio_rows(
         self, samples: pd.DataFrame, but: Iterable[str] = (), note: str = ""
     ) -> list[Row]:
-        """Others' times over ours: above 1, ours is faster. For the copy the inverse too."""
+        """Others' times over ours: above 1, ours is faster. For the copy, and what grafting may
+        include, the inverse too."""
         rows = []
         for name, against in ((each.name, each.against) for each in self.candidates):
             for mine in (b + kind for b in own_backends(self.device) for kind in against):
-                if name in but or name not in samples or mine not in samples:
+                absent = name in but or name not in samples or mine not in samples
+                if absent or name == mine:
                     continue
                 ratio = samples[name] / samples[mine]
                 rows.append(row_of(self.case.where(name), f"time / {mine}", ratio, "x", note))
-                if name == COPY:
-                    rows.append(row_of(self.case.where(mine), OVER_COPY, 1 / ratio, "x", note))
+                if name in (COPY, STANDARDIZING):
+                    where = self.case.where(mine)
+                    rows.append(row_of(where, f"time / {name}", 1 / ratio, "x", note))
         return rows
 
     def floor_rows(self, clock: DeviceClock, samples: pd.DataFrame) -> list[Row]:
@@ -223,12 +240,37 @@ def headline(
     if clock is None:
         yield prepared.ratio_rows(wall)
     else:
-        host = prepared.samples(HOST_TIME, max(5, rounds // 4))
+        host = prepared.samples(HOST_TIME, min(rounds, 10))
         times = prepared.samples(DEVICE_TIME, rounds)
         yield prepared.time_rows(HOST_TIME, host) + prepared.time_rows(DEVICE_TIME, times)
         yield prepared.floor_rows(clock, times) + prepared.ratio_rows(times)
         yield prepared.ratio_rows(wall, but=times, note=f"wall times: {WAITS}")
     yield prepared.missing
+
+
+def tables(rows: pd.DataFrame) -> str:
+    """What a terminal shows: the fastest backend of each case, the ratios, and what is absent."""
+    return f"{fastest(rows)}\n\n{results.summary(rows)}"
+
+
+def fastest(rows: pd.DataFrame) -> str:
+    """Which backend should be the default at which size: on the device alone, and as a call that
+    the host makes. Between backends whose rounds overlap there is nothing to choose."""
+    rows = rows[rows.figure.isin([DEVICE_TIME, TIME]) & rows.value.notna()]
+    names = [name for name in (*DEVICES, IN_TURN) if name in {*rows.candidate}]
+    lines = []
+    for (case, shape, figure), found in rows.groupby(["case", "shape", "figure"], sort=False):
+        found = found[found.candidate.isin(names)].set_index("candidate").sort_values("value")
+        backends = found.drop(IN_TURN, errors="ignore")
+        if len(backends) < 2:
+            continue
+        best = backends[backends.p20 <= backends.p80.iloc[0]].index
+        times = {name: f"{value:.4g}" for name, value in found.value.items()}
+        where = {"case": case, "shape": shape, "in ms": figure}
+        lines.append({**where, **times, "fastest": " or ".join(best)})
+    columns = ["case", "shape", "in ms", *names, "fastest"]
+    table = pd.DataFrame(lines, columns=columns).fillna("")
+    return table.to_markdown(index=False, disable_numparse=True)
 
 
 def copy_bandwidth(clock: DeviceClock) -> pd.Series:
@@ -259,20 +301,28 @@ def count(
 
 
 def grow(
-    points: list[Case], device: str, clock: DeviceClock | None, rounds: int
+    points: list[Case],
+    candidates: list[Candidate],
+    device: str,
+    clock: DeviceClock | None,
+    rounds: int,
 ) -> Iterator[list[Row]]:
-    """Ours, the reference and the floor along one axis."""
+    """Times and ratios of the cases along one axis; of several augmentations also over as many
+    calls."""
     figure = DEVICE_TIME if clock else TIME
-    chosen = [EAGER, *(each for backend in own_backends(device) for each in ours(backend)[:2])]
     for case in points:
-        several = {c.name: n_calls_of_one(c) for c in chosen if case.augmentations > 1}
-        prepared = Prepared(case, [*chosen, copies()[0], *several.values()], device, clock)
+        several = [c for c in candidates if case.augmentations > 1 and c.name != COPY]
+        repeated = {c.name: n_calls_of_one(c) for c in several}
+        prepared = Prepared(case, [*candidates, *repeated.values()], device, clock)
         samples = prepared.samples(figure, rounds)
-        for name, repeated in several.items():
-            if name in samples and repeated.name in samples:
-                ratio = samples[name] / samples.pop(repeated.name)
+        for name, one in repeated.items():
+            if name in samples and one.name in samples:
+                ratio = samples[name] / samples.pop(one.name)
                 yield [row_of(case.where(name), N_CALLS, ratio, "x")]
-        yield prepared.time_rows(figure, samples) + prepared.missing
+        yield prepared.time_rows(figure, samples) + prepared.ratio_rows(samples)
+        if clock:
+            yield prepared.time_rows(TIME, prepared.samples(TIME, rounds))
+        yield prepared.missing
 
 
 def n_calls_of_one(candidate: Candidate) -> Candidate:

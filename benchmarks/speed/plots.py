@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.speed import results
-from benchmarks.speed.candidates import COPY
+from benchmarks.speed.candidates import COPY, IN_TURN
 
 OURS, THEIRS = "#d95f02", "#8c9bab"
 SHADES = {"triton": "#d95f02", "cuda": "#7b3294", "cpp": "#d95f02", COPY: "black"}
@@ -33,7 +33,7 @@ PARTS = "channel_saliency|map given|sum of|of the images|two launches"
 def draw(path: Path) -> None:
     rows = results.read(path).dropna(subset="value")
     figure = "device time" if (rows.figure == "device time").any() else "time"
-    times = rows[rows.figure == figure]
+    times = rows[(rows.figure == figure) & (rows.candidate != IN_TURN)]
     label = f"{figure} of a call, ms"
     draw_candidates(times[times.case.isin(["cifar", "imagenet"])], label, path.with_suffix(".png"))
     draw_growth(times, label, path.with_name(f"{path.stem}-growth.png"))

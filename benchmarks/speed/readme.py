@@ -15,10 +15,19 @@ from typing import NamedTuple
 import pandas as pd
 
 from benchmarks.speed.candidates import TARGETS as WITH_TARGETS
-from benchmarks.speed.compare import DEVICE_TIME, N_CALLS, OVER_COPY, TIME
+from benchmarks.speed.compare import (
+    DEVICE_TIME,
+    N_CALLS,
+    OVER_COPY,
+    OVER_FLOOR,
+    OVER_LARGER_FLOOR,
+    OVER_STANDARDIZING,
+    TIME,
+)
 from benchmarks.speed.host import HOST_TIME, RECORDED
+from benchmarks.speed.measure import DEVICE_COUNTERS
 from benchmarks.speed.memory import LATER_PEAK, PEAK
-from benchmarks.speed.results import RESULTS, ROOT, find, read
+from benchmarks.speed.results import RESULTS, ROOT, Row, find, read
 
 FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BACKENDS = ("triton", "cuda", "cpp")
@@ -35,21 +44,44 @@ class Target(NamedTuple):
     """A file and cases in it."""
     candidate: str
     figure: str
+    unit: str = "x"
 
 
 CPU, X4, HOST = ("cpu", "cifar", "imagenet"), ("cpu", "augmentations=4"), ("host", "tiny")
+GPU, GPU_X4 = ("gpu", "imagenet"), ("gpu", "augmentations=4", "imagenet, four augmentations")
+STANDARDIZED = ("gpu", "imagenet, standardised")
 COPYING = "`cpp` with `out=` over copying the same bytes"
-FOUR_CALLS = "`cpp`, one call with four augmentations over four calls"
+FOUR_CALLS = "one call with four augmentations over four calls"
+BANDWIDTH = "GPU: `triton` over its bytes at the bandwidth of a copy"
+REPLAYED = "GPU: `triton`, replayed, over its bytes or two launches"
+FUSED = "GPU: `triton` that standardises over standardising alone"
 MOST = 1024 + 8 * 64 * 7 * 7 / 1024  # KiB: 1 MiB and 8 bytes per cell
+MOST_OF_GPU = (1 << 20) + 8 * 256 * 7 * 7
 RECORDING = f"triton function{RECORDED}"
 RECORDING_WORDS = "`triton`, host time of a call, without the driver's"
+EAGER, COMPILED, CUTMIX = "eager reference", "compiled reference", "timm CutMix, batch (in place)"
+LAUNCHES, SYNCS, MEMORY = DEVICE_COUNTERS
 TARGETS = [
     Target(COPYING, "at most", 1.3, CPU, "cpp, out=", OVER_COPY),
-    Target("eager reference over `cpp`", "at least", 8, CPU, "eager reference", "time / cpp"),
-    Target("compiled reference over `cpp`", "at least", 3, CPU, "compiled reference", "time / cpp"),
-    Target(FOUR_CALLS, "at most", 0.7, X4, "cpp", N_CALLS),
-    Target(f"`cpp`, {PEAK}", "at most", MOST, ("cpu", "imagenet"), "cpp", LATER_PEAK),
-    Target(RECORDING_WORDS, "at most", 15, HOST, RECORDING, HOST_TIME),
+    Target("eager reference over `cpp`", "at least", 8, CPU, EAGER, "time / cpp"),
+    Target("compiled reference over `cpp`", "at least", 3, CPU, COMPILED, "time / cpp"),
+    Target(f"`cpp`, {FOUR_CALLS}", "at most", 0.7, X4, "cpp", N_CALLS),
+    Target(f"`cpp`, {PEAK}", "at most", MOST, ("cpu", "imagenet"), "cpp", LATER_PEAK, "KiB"),
+    Target(RECORDING_WORDS, "at most", 15, HOST, RECORDING, HOST_TIME, "us"),
+    Target(BANDWIDTH, "at most", 1.1, GPU, "triton", OVER_FLOOR),
+    Target(REPLAYED, "at most", 1.5, ("gpu", "cifar"), "triton", OVER_LARGER_FLOOR),
+    Target("GPU: eager reference over `triton`", "at least", 5, GPU, EAGER, "time / triton"),
+    Target(
+        "GPU: compiled reference over `triton`", "at least", 1.5, GPU, COMPILED, "time / triton"
+    ),
+    Target(
+        "GPU: timm's CutMix over `triton`", "at least", 1, GPU, CUTMIX, "time / triton, targets"
+    ),
+    Target(f"GPU: `triton`, {FOUR_CALLS}", "at most", 0.65, GPU_X4, "triton", N_CALLS),
+    Target(FUSED, "at most", 0.7, STANDARDIZED, "triton", OVER_STANDARDIZING),
+    Target(f"GPU: `triton`, {LAUNCHES}", "at most", 2, GPU, "triton", LAUNCHES, ""),
+    Target(f"GPU: `triton`, {SYNCS}", "at most", 0, GPU, "triton", SYNCS, ""),
+    Target(f"GPU: `triton`, {MEMORY}", "at most", MOST_OF_GPU, GPU, "triton", MEMORY, "B"),
 ]
 
 
@@ -95,7 +127,8 @@ def machine(rows: pd.DataFrame, path: Path) -> str:
     own = next(backend for backend in BACKENDS if backend in {*rows.candidate})
     time = DEVICE_TIME if DEVICE_TIME in {*rows.figure} else TIME
     mixes = rows.figure.isin([f"time / {own}", f"time / {own}{WITH_TARGETS}"])
-    ratios = rows[mixes & ~rows.candidate.str.contains("copy_|clone of|two launches")]
+    parts = "copy_|clone of|launches|standardising"
+    ratios = rows[mixes & ~rows.candidate.str.contains(parts)]
     times = rows[(rows.figure == time) & rows.candidate.isin([own, f"{own}, out="])]
     between = pd.DataFrame(index=["**Time of a call (lower is better)**"])
     table = (
@@ -126,17 +159,17 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 def targets(directory: Path) -> str:
     """Each target, what was measured, and whether that meets it."""
     lines = []
-    for words, sense, bound, (file, *cases), candidate, figure in TARGETS:
-        rows = read(directory / f"{file}.csv")
+    for words, sense, bound, (file, *cases), candidate, figure, unit in TARGETS:
+        path = directory / f"{file}.csv"
+        rows = read(path) if path.exists() else pd.DataFrame(columns=Row._fields)
         found = [find(rows, case, candidate, figure) for case in cases]
         values = {row.case: row.value for row in found if row is not None}
-        unit = next((row.unit for row in found if row is not None), "")
         met = all(
             value <= bound if sense == "at most" else value >= bound for value in values.values()
         )
         verdict = ("yes" if met else "no") if len(values) == len(cases) else "not measured"
         measured = ", ".join(f"{case}: {shown(values[case], unit, 3)}" for case in values)
-        lines.append((words, f"{sense} {quantity(f'{bound:.5g}', unit)}", measured, verdict))
+        lines.append((words, f"{sense} {quantity(f'{bound:.7g}', unit)}", measured, verdict))
     return markdown(pd.DataFrame(lines, columns=["target", "bound", "measured", "met"]))
 
 
@@ -147,7 +180,7 @@ def shown(value: float, unit: str, ratio_digits: int = 2) -> str:
 
 
 def quantity(number: str, unit: str) -> str:
-    return number + unit if unit == "x" else f"{number} {unit}"
+    return number + unit if unit == "x" else f"{number} {unit}".rstrip()
 
 
 def markdown(table: pd.DataFrame) -> str:

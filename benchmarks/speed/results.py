@@ -73,9 +73,10 @@ def find(rows: pd.DataFrame, case: str, candidate: str, figure: str) -> pd.Serie
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """What a terminal shows: the ratios, then what is absent and why."""
+    """What a terminal shows: the ratios but those along an axis, then what is absent and why."""
     keys = ["candidate", "figure"]
-    ratios = rows[rows.unit == "x"].pivot_table("value", keys, "case", sort=False)
+    ratios = rows[(rows.unit == "x") & ~rows.case.str.contains("=")]
+    ratios = ratios.pivot_table("value", keys, "case", sort=False)
     ratios = ratios.map("{:.3g}".format, na_action="ignore").fillna("")
     missing = rows[rows.value.isna()].groupby([*keys, "note"], sort=False)
     cases = missing.case.agg(lambda names: ", ".join(dict.fromkeys(names)))
@@ -103,8 +104,7 @@ def device_name(device: str) -> str:
 
 
 def file_name(device: str) -> str:
-    """``cpu``, or the GPU's model: ``nvidia-h100-80gb-hbm3``."""
-    return "-".join(re.findall(r"\w+", device_name(device).lower())) if device == "cuda" else device
+    return "gpu" if device == "cuda" else device
 
 
 def git_commit() -> str:
