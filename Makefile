@@ -113,7 +113,7 @@ bench-calibrate: $(PEERS) ## measures the speed-ups that bench-check compares wi
 	$(RUN) -m benchmarks.speed.check --calibrate 8
 
 # Uses the given interpreter and its packages, as a GPU machine may have no network.
-gpu: ## builds, tests and measures on this machine's GPU: PYTHON=python3 RESULTS=dir; DRY=1 rehearses without
+gpu: ## builds, tests and measures on this machine's GPU, in nine minutes: PYTHON=python3 RESULTS=dir; DRY=1 rehearses without
 	$(PYTHON) -m benchmarks.gpu $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY),--dry)
 
 clean: ## removes the environment and everything built

@@ -104,8 +104,8 @@ def stages(work: Path, dry: bool) -> list[Stage]:
         *tests(dry),
     ]
     return [
-        Stage(120 * patience, built),
-        Stage(150 * patience, tested),
+        Stage(100 * patience, built),
+        Stage(160 * patience, tested),
         Stage(DEADLINE * patience, [Part("benchmarks", [*compare, *measured], rehearsing)]),
     ]
 
@@ -124,7 +124,7 @@ def tests(dry: bool) -> list[Part]:
     pytest = [PYTHON, "-m", "pytest", "-vv", "-ra", "-p", "no:cacheprovider"]
     pytest += ["-o", f"faulthandler_timeout={60 * (PATIENCE if dry else 1)}"]
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"NCCL_SOCKET_IFNAME": "lo"}
+    environment |= {"NCCL_SOCKET_IFNAME": "lo", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "SG_KERNELS_EMULATION": EMULATION}
 
@@ -175,8 +175,9 @@ class Running(NamedTuple):
         os.killpg(self.process.pid, number)
 
     def stop(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
 
     def outcome(self, late: bool) -> Outcome:
         seconds, code = time.monotonic() - self.start, self.process.returncode

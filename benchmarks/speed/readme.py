@@ -49,7 +49,7 @@ class Target(NamedTuple):
 
 CPU, X4, HOST = ("cpu", "cifar", "imagenet"), ("cpu", "augmentations=4"), ("host", "tiny")
 GPU, GPU_X4 = ("gpu", "imagenet"), ("gpu", "augmentations=4", "imagenet, four augmentations")
-STANDARDIZED = ("gpu", "imagenet, standardised")
+STANDARDIZED, TINY = ("gpu", "imagenet, standardised"), ("gpu", "tiny")
 COPYING = "`cpp` with `out=` over copying the same bytes"
 FOUR_CALLS = "one call with four augmentations over four calls"
 BANDWIDTH = "GPU: `triton` over its bytes at the bandwidth of a copy"
@@ -81,6 +81,15 @@ TARGETS = [
     Target(FUSED, "at most", 0.7, STANDARDIZED, "triton", OVER_STANDARDIZING),
     Target(f"GPU: `triton`, {LAUNCHES}", "at most", 2, GPU, "triton", LAUNCHES, ""),
     Target(f"GPU: `triton`, {SYNCS}", "at most", 0, GPU, "triton", SYNCS, ""),
+    Target(
+        "GPU: `triton`, host time of a call",
+        "at most",
+        15,
+        TINY,
+        "triton function",
+        HOST_TIME,
+        "us",
+    ),
     Target(f"GPU: `triton`, {MEMORY}", "at most", MOST_OF_GPU, GPU, "triton", MEMORY, "B"),
 ]
 

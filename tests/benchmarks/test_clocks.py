@@ -50,6 +50,30 @@ def test_the_floor_counts_each_dtype_and_leaves_out_prefix_tokens():
     assert cases.features_bytes(case) == 4 * 2 * 4 * 7
 
 
+def test_images_that_come_out_standardised_are_written_in_their_new_dtype():
+    case = CASE._replace(**cases.UINT8, standardized=torch.float32)
+    assert cases.floor_bytes(case) == 2 * 4 * 16 * 4 * 4 + (1 + 4) * 4 * 3 * 8 * 8
+    data = cases.make_data(case, "cpu")
+    grafted = candidates.ours("cpp")[0].build(case, data)().images
+    alone = candidates.standardizing().build(case, data)()
+    assert grafted.dtype == alone.dtype == torch.float32
+    # A pixel of the graft is that of one of the images, but for the order of the roundings.
+    distance = (grafted[:, None] - alone).abs().amax(2)
+    assert (distance.amin(1) < 1e-4).all()
+
+
+def test_launches_in_turn_do_not_overlap_and_others_do_again(monkeypatch):
+    operators = pytest.importorskip("sg_kernels.backends.triton.operators")
+    seen = []
+    fake = Candidate("triton", lambda case, data: lambda: seen.append(operators.overlaps(0)))
+    monkeypatch.setattr(candidates, "ours", lambda backend: [fake])
+    monkeypatch.setattr(operators, "overlaps", lambda device: True)
+    run = candidates.in_turn().build(CASE, None)
+    run()
+    seen.append(operators.overlaps(0))
+    assert seen == [False, True]
+
+
 def test_random_data_is_never_flat():
     for options in ({}, {"features": (8, 17, 64), "token_grid": (4, 4), "prefix_tokens": 1}):
         case = Case("", (8, 3, 8, 8), (8, 64, 4, 4), dtype=torch.uint8)

@@ -1,10 +1,13 @@
 """Whole runs of the benchmarks, the regression check, the tables of figures, and `make gpu`."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -13,10 +16,11 @@ import torch
 
 import sg_kernels
 from benchmarks import gpu
-from benchmarks.speed import candidates, check, compare, memory, readme, results
+from benchmarks.speed import candidates, cases, check, compare, memory, readme, results
 from benchmarks.speed.results import Row
 
 ROOT = Path(__file__).parents[2]
+IGNORING = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUN = dict.fromkeys(results.RUN, "2026-01-02") | {"device": "a machine", "versions": "torch 2.13.0"}
 
@@ -53,6 +57,8 @@ def test_a_run_measures_every_section(quick_run):
     for case in ("cifar", "imagenet", "batch=4", "channels=64", "grid=2", "augmentations=2"):
         assert (case, time) in measured
     assert ("tiny", "host time") in measured
+    assert ("imagenet, standardised", compare.OVER_STANDARDIZING) in measured
+    assert ("imagenet, four augmentations", compare.N_CALLS) in measured
     for candidate in ("cpp", "eager reference", "compiled reference"):
         assert results.find(rows, "imagenet", candidate, "operators per call") is not None
     for candidate in ("copy_", "reference", "compiled reference") if DEVICE == "cpu" else ():
@@ -154,12 +160,50 @@ def test_the_table_of_figures_holds_speed_ups_and_then_times(tmp_path):
 )
 def test_a_target_is_met_in_all_of_its_cases(tmp_path, monkeypatch, sense, bound, cases, met):
     written(tmp_path / "m.csv", row("a", "cpp"), row("b", "cpp", value=3.0))
-    target = readme.Target("fast", sense, bound, ("m", *cases), "cpp", "time")
+    target = readme.Target("fast", sense, bound, ("m", *cases), "cpp", "time", "ms")
     monkeypatch.setattr(readme, "TARGETS", [target])
     last = readme.targets(tmp_path).splitlines()[-1]
     name, limit, measured, verdict = [cell.strip() for cell in last.split("|")[1:-1]]
     assert (name, limit, verdict) == ("fast", f"{sense} {bound} ms", met)
     assert measured == "a: 1.00 ms" + ", b: 3.00 ms" * ("b" in cases)
+
+
+def test_a_target_of_a_machine_without_results_is_not_measured(tmp_path, monkeypatch):
+    target = readme.Target("fast", "at most", 1.1, ("gpu", "a"), "triton", "time / copy")
+    monkeypatch.setattr(readme, "TARGETS", [target])
+    last = readme.targets(tmp_path).splitlines()[-1]
+    cells = [cell.strip() for cell in last.split("|")[1:-1]]
+    assert cells == ["fast", "at most 1.1x", "", "not measured"]
+
+
+def test_the_targets_of_a_gpu_are_figures_of_a_run_on_one():
+    """Each by the name that a run gives it."""
+    device = {case.name for case in [*cases.headline("cuda", quick=False), cases.TINY]}
+    device |= {case("cuda", False).name for case in (cases.several, cases.standardized)}
+    device |= {case.name for axis in cases.growth(quick=False).values() for case in axis}
+    for target in readme.TARGETS:
+        if target.where[0] == "gpu":
+            assert device >= {*target.where[1:]}, target.words
+
+
+def test_the_fastest_backend_of_each_case_is_named():
+    def pair(case, triton, cuda, figure="device time"):
+        times = {"triton": triton, "cuda": cuda, candidates.IN_TURN: 0.1}
+        return [
+            row(case, name, figure, value, p20=0.9 * value, p80=1.1 * value)
+            for name, value in times.items()
+        ]
+
+    alone = row("alone", "triton", "device time", p20=1.0, p80=1.0)
+    rows = [*pair("a", 1.0, 2.0), *pair("b", 2.0, 1.0, "time"), *pair("c", 1.0, 1.1), alone]
+    lines = compare.fastest(pd.DataFrame(rows)).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[0] == ["case", "shape", "in ms", "triton", "cuda", candidates.IN_TURN, "fastest"]
+    assert [(line[0], line[2], line[-1]) for line in cells[2:]] == [
+        ("a", "device time", "triton"),
+        ("b", "time", "cuda"),
+        ("c", "device time", "triton or cuda"),
+    ]
 
 
 def test_the_tables_of_the_readme_and_the_docs_are_what_the_results_say():
@@ -239,43 +283,120 @@ def test_every_operator_is_benchmarked(capsys):
 def test_make_gpu_survives_what_fails_and_what_hangs(tmp_path):
     python = [sys.executable, "-c"]
     alive = tmp_path / "alive"
-    forks = f"sleep 3; touch {alive}"  # a process that a hanging one has started
+    forks = f"trap '' INT; sleep 3; touch {alive}"  # a process that a hanging one has started
     hangs = f"import subprocess; print('so far'); subprocess.run(['sh', '-c', {forks!r}])"
+    interrupted = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('3 failed')"
     parts = [
-        gpu.Part("fine", [*python, "print('first'); print('last')"], 30),
-        gpu.Part("failing", [*python, "import sys; print('alas'); sys.exit(3)"], 30),
-        gpu.Part("hanging, long", [*python, hangs], 1),
-        gpu.Part("missing", ["no-such-program"], 30),
-        gpu.Part("asking", [*python, "import os; print(os.environ['X'])"], 30, {"X": "answer"}),
+        gpu.Part("fine", [*python, "print('first'); print('last')"]),
+        gpu.Part("failing", [*python, "import sys; print('alas'); sys.exit(3)"]),
+        gpu.Part("missing", ["no-such-program"]),
+        gpu.Part("asking", [*python, "import os; print(os.environ['X'])"], {"X": "answer"}),
+        gpu.Part("hanging, long", [*python, f"import signal; {IGNORING}; {hangs}"]),
+        gpu.Part("slow", [*python, interrupted]),
     ]
     started = time.monotonic()
-    ended = {o.name: o for o in gpu.run(parts, tmp_path, started + 60)}
+    with mock.patch.multiple(gpu, GRACE=0.5), mock.patch("os.cpu_count", return_value=6):
+        ended = {o.part.name: o for o in gpu.run(gpu.Stage(2, parts), tmp_path, started + 60)}
     assert ended["fine"].result == ended["asking"].result == "passed"
     assert ended["fine"].lines == ["first", "last"]
     assert ended["asking"].lines == ["answer"]
     assert (ended["failing"].result, ended["failing"].lines) == ("failed (3)", ["alas"])
     assert ended["missing"].result == "did not start"
-    assert ended["hanging, long"].result.startswith("ended after 1.")
+    assert ended["slow"].result.startswith("ended after ")
+    assert ended["slow"].lines == ["3 failed"]
+    assert ended["hanging, long"].result.startswith("ended after ")
     assert (tmp_path / "hanging-long.log").read_text() == "so far\n"
-    text = gpu.summary(list(ended.values()))
+    text = gpu.summary(list(ended.values()), tmp_path)
     assert "---- failing: failed (3)\nalas\n" in text
     assert "---- fine" not in text
-    time.sleep(max(0.0, started + 4 - time.monotonic()))
+    time.sleep(max(0.0, started + 5 - time.monotonic()))
     assert not alive.exists()
 
 
-def test_make_gpu_ends_by_its_deadline(tmp_path):
-    part = gpu.Part("long", [sys.executable, "-c", "import time; time.sleep(60)"], 30)
-    (outcome,) = gpu.run([part], tmp_path, time.monotonic() + 1)
-    assert outcome.result.startswith("ended after 1.")
+def test_make_gpu_ends_by_its_deadline_and_says_what_it_did_not_start(tmp_path):
+    long = [sys.executable, "-c", "import time; time.sleep(60)"]
+    parts = [gpu.Part(name, long) for name in "ab"]
+    with mock.patch("os.cpu_count", return_value=1):
+        ended = {
+            o.part.name: o.result
+            for o in gpu.run(gpu.Stage(30, parts), tmp_path, time.monotonic() + 1)
+        }
+    assert ended["a"].startswith("ended after ")
+    assert ended["b"] == "not started in time"
+
+
+def test_make_gpu_leaves_out_what_needs_a_part_that_failed(tmp_path):
+    stages = [
+        gpu.Stage(30, [gpu.Part("probe", ["false"]), gpu.Part("build", ["true"])]),
+        gpu.Stage(
+            30,
+            [
+                gpu.Part("sanitizer", ["true"], needs="probe"),
+                gpu.Part("suite", ["true"], needs="build"),
+            ],
+        ),
+    ]
+    ended = {o.part.name: o for o in gpu.run_all(stages, tmp_path, time.monotonic() + 60)}
+    results = {name: outcome.result for name, outcome in ended.items()}
+    assert results == {
+        "probe": "failed (1)",
+        "build": "passed",
+        "sanitizer": "left out",
+        "suite": "passed",
+    }
+    assert [name for name, outcome in ended.items() if outcome.failed] == ["probe"]
 
 
 def test_make_gpu_leaves_the_benchmarks_half_of_nine_minutes(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    *before, (benchmarks,) = gpu.stages(tmp_path, dry=False)
-    assert gpu.DEADLINE < 540
-    assert gpu.DEADLINE - sum(max(part.limit for part in stage) for stage in before) >= 240
-    rehearsed = {part.name for stage in gpu.stages(tmp_path, dry=True) for part in stage}
-    real = {part.name for stage in [*before, [benchmarks]] for part in stage}
-    assert rehearsed - real == {"emulation"}
-    assert len(real - rehearsed) == 9  # more shards, more tools
+    real, rehearsed = (gpu.stages(tmp_path, dry) for dry in (False, True))
+    assert gpu.DEADLINE + gpu.GRACE < 530
+    assert gpu.DEADLINE - sum(stage.limit for stage in real[:-1]) >= 240
+    assert all(longer.limit > stage.limit for stage, longer in zip(real, rehearsed))
+    parts, dry = (
+        {part.name: part for stage in stages for part in stage.parts}
+        for stages in (real, rehearsed)
+    )
+    kinds, of_dry = (
+        {re.sub(r" \d of \d|, \w+check$", "", name) for name in names} for names in (parts, dry)
+    )
+    assert of_dry - kinds == {"emulation"}
+    assert kinds <= of_dry
+    assert parts["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert parts["build"].environment == dry["build"].environment
+    assert parts["sanitizer, racecheck"].command[:3] == ["compute-sanitizer", "--tool", "racecheck"]
+
+
+def test_every_test_that_make_gpu_leaves_out_exists():
+    for ignored in gpu.NOT_OF_A_BACKEND:
+        assert list(ROOT.glob(ignored.partition("=")[2])), ignored
+
+
+def test_the_result_of_make_gpu_is_one_file_and_one_pack_of_bounded_size(tmp_path):
+    work, results_ = tmp_path / "work", tmp_path / "results"
+    (work / "logs").mkdir(parents=True)
+    results_.mkdir()
+    noise = np.random.default_rng(0).integers(32, 127, 3 << 20, np.uint8).tobytes()
+    (work / "logs" / "suite.log").write_bytes(b"first" + noise + b"last")
+    (work / "triton").mkdir()
+    (work / "triton" / "kernel.cubin").write_bytes(noise)
+    written(
+        work / "gpu.csv",
+        row("grid=8", "triton", "device time", 1.0, p20=0.9, p80=1.1),
+        row("grid=8", "cuda", "device time", 3.0, p20=2.9, p80=3.1),
+    )
+    shown = gpu.Outcome(gpu.Part("machine", [], shown=True), "passed", 1.0, ["an H100"])
+    gpu.write([shown], work, results_)
+    assert {path.name for path in results_.iterdir()} == {"gpu.txt", "gpu-log.tar.gz"}
+    text = (results_ / "gpu.txt").read_text()
+    assert "---- machine: passed\nan H100\n" in text
+    assert f"---- gpu.csv\n{(work / 'gpu.csv').read_text()}" in text
+    assert "| grid=8" in text
+    with tarfile.open(results_ / "gpu-log.tar.gz") as pack:
+        assert pack.getnames() == ["gpu.csv", "logs/suite.log"]
+        log = pack.extractfile("logs/suite.log").read()
+    assert log.startswith(b"first")
+    assert log.endswith(b"last")
+    assert len(log) < gpu.MOST_OF_A_LOG + 100
+    gpu.write([shown._replace(lines=["x" * 99] * (1 << 15))], work, results_)
+    assert (results_ / "gpu.txt").stat().st_size <= gpu.MOST == 1 << 20
