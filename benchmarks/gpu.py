@@ -38,6 +38,8 @@ NOT_OF_A_BACKEND = [
         "test_timm.py",
     )
 ]
+AT_ONCE = (os.cpu_count() or 1) + 2
+"""Parts of a stage that run side by side; some of them wait for the GPU."""
 DEADLINE = 510.0
 """Seconds after the start at which whatever still runs is interrupted."""
 GRACE = 8.0
@@ -61,7 +63,7 @@ class Part(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Parts that run at the same time, on as many processors as there are."""
+    """Parts that run at the same time."""
 
     limit: float
     """In seconds."""
@@ -145,7 +147,7 @@ def tests(dry: bool) -> list[Part]:
     return [
         *sharded("gpu tests", 3, "tests/test_gpu.py", *few),
         *sharded("suite, triton", 6, *NOT_OF_A_BACKEND, "-k", "triton", *several),
-        *sharded("suite, cuda", 2, *NOT_OF_A_BACKEND, "-k", "cuda", *few, needs="build"),
+        *sharded("suite, cuda", 3, *NOT_OF_A_BACKEND, "-k", "cuda", *few, needs="build"),
         *map(sanitized, TOOLS[: 1 if dry else None]),
     ]
 
@@ -170,13 +172,13 @@ class Running(NamedTuple):
             )
         return cls(part, log, process, time.monotonic())
 
-    def signal(self, number: int) -> None:
+    def send(self, number: int) -> None:
         """To it and to everything that it has started."""
         os.killpg(self.process.pid, number)
 
     def stop(self) -> None:
         if self.process.poll() is None:
-            self.signal(signal.SIGKILL)
+            self.send(signal.SIGKILL)
             self.process.wait()
 
     def outcome(self, late: bool) -> Outcome:
@@ -193,7 +195,7 @@ def run(stage: Stage, logs: Path, deadline: float) -> Iterator[Outcome]:
     end, interrupted = min(time.monotonic() + stage.limit, deadline), False
     try:
         while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1) and not interrupted:
+            while waiting and len(running) < AT_ONCE and not interrupted:
                 part = waiting.pop(0)
                 try:
                     running.append(Running.begin(part, logs))
@@ -207,7 +209,7 @@ def run(stage: Stage, logs: Path, deadline: float) -> Iterator[Outcome]:
                 # As Ctrl-C would: pytest then shows the failures so far.
                 interrupted = True
                 for each in running:
-                    each.signal(signal.SIGINT)
+                    each.send(signal.SIGINT)
                 yield from (Outcome(part, "not started in time", 0.0, []) for part in waiting)
                 waiting.clear()
             if time.monotonic() > end + GRACE:

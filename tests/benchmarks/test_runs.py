@@ -295,7 +295,7 @@ def test_make_gpu_survives_what_fails_and_what_hangs(tmp_path):
         gpu.Part("slow", [*python, interrupted]),
     ]
     started = time.monotonic()
-    with mock.patch.multiple(gpu, GRACE=0.5), mock.patch("os.cpu_count", return_value=6):
+    with mock.patch.multiple(gpu, GRACE=0.5, AT_ONCE=6):
         ended = {o.part.name: o for o in gpu.run(gpu.Stage(2, parts), tmp_path, started + 60)}
     assert ended["fine"].result == ended["asking"].result == "passed"
     assert ended["fine"].lines == ["first", "last"]
@@ -316,7 +316,7 @@ def test_make_gpu_survives_what_fails_and_what_hangs(tmp_path):
 def test_make_gpu_ends_by_its_deadline_and_says_what_it_did_not_start(tmp_path):
     long = [sys.executable, "-c", "import time; time.sleep(60)"]
     parts = [gpu.Part(name, long) for name in "ab"]
-    with mock.patch("os.cpu_count", return_value=1):
+    with mock.patch.object(gpu, "AT_ONCE", 1):
         ended = {
             o.part.name: o.result
             for o in gpu.run(gpu.Stage(30, parts), tmp_path, time.monotonic() + 1)
