@@ -6,7 +6,7 @@ A part that fails or hangs does not keep the others from running. DIR, build/gpu
 two files, rewritten after every part: gpu.txt says how each part ended and on which machine, and
 holds the tables and the CSV of the benchmarks; gpu-log.tar.gz holds all that was printed, the CSV
 and the plots. ``--dry`` rehearses the same parts without a GPU: Triton's kernels interpreted,
-CUDA's compiled and emulated, a few cases and tiny shapes, and more time.
+CUDA's compiled and emulated, one shard of each suite, a few cases and tiny shapes, and more time.
 """
 
 import argparse
@@ -131,21 +131,21 @@ def tests(dry: bool) -> list[Part]:
         environment |= {"TRITON_INTERPRET": "1", "SG_KERNELS_EMULATION": EMULATION}
 
     def sharded(name: str, count: int, *arguments: str, needs: str | None = None) -> list[Part]:
-        count = 1 if dry else count
         command = [*pytest, *arguments, *quick, "--shard"]
         return [
             Part(f"{name} {i + 1} of {count}", [*command, f"{i}/{count}"], environment, needs)
-            for i in range(count)
+            for i in range(1 if dry else count)  # interpreting all of them takes too long
         ]
 
     def sanitized(tool: str) -> Part:
-        small = [*under(tool, dry), *pytest, "tests/test_gpu.py", "-m", "sanitize", "-x", *few]
+        marks = "sanitize and not slow" if dry else "sanitize"
+        small = [*under(tool, dry), *pytest, "tests/test_gpu.py", "-m", marks, "-x", *few]
         uncached = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Part(f"sanitizer, {tool}", small, uncached, needs="sanitizer probe")
 
     several = few or ["--cases", "8"]
     return [
-        *sharded("gpu tests", 3, "tests/test_gpu.py", *few),
+        *sharded("gpu tests", 1 if dry else 3, "tests/test_gpu.py", *few),
         *sharded("suite, triton", 6, *NOT_OF_A_BACKEND, "-k", "triton", *several),
         *sharded("suite, cuda", 3, *NOT_OF_A_BACKEND, "-k", "cuda", *few, needs="build"),
         *map(sanitized, TOOLS[: 1 if dry else None]),

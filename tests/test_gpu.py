@@ -463,10 +463,14 @@ SMALL = {
     "large windows of a map": {"saliency": (5, 40, 40), "grid_size": (3, 3)},
 }
 
+LARGE = {"one grid of several": pytest.mark.slow}
+
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("options", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize(
+    "options", [pytest.param(SMALL[name], id=name, marks=LARGE.get(name, ())) for name in SMALL]
+)
 def test_a_small_case_of_every_kernel(backend, options, dtype):
     options = dict(options)
     memory_format = torch.channels_last if dtype == torch.uint8 else torch.contiguous_format
