@@ -496,6 +496,8 @@ def test_a_small_case_of_every_kernel(backend, options, dtype):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_small_case_of_standardising(backend, memory_format, dtype):
+    if backend == "triton" and backends.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter rounds to bfloat16 towards zero")
     images = torch.randint(0, 256, (5, 3, 42, 45), dtype=torch.uint8, device=DEVICE)
     images = images.contiguous(memory_format=memory_format)
     features = torch.rand(5, 96, 7, 7, device=DEVICE)
@@ -509,7 +511,7 @@ def test_a_small_case_of_standardising(backend, memory_format, dtype):
         backend="reference",
         **constants,
     )
-    assert torch.equal(result.images.cpu(), expected.images)
+    assert_equal([result.images], [expected.images])
 
 
 @pytest.mark.sanitize
