@@ -12,6 +12,7 @@ TORCH_STAMP := $(VENV)/torch-$(TORCH).stamp
 STAMP := $(VENV)/installed.stamp
 FRAMEWORKS := $(VENV)/frameworks.stamp
 PEERS := $(VENV)/peers.stamp
+TRITON_3_6 := build/triton-3.6/installed.stamp
 CSRC := $(shell find csrc -type f)
 # The CUDA library is built where it can be, though a CPU build of PyTorch cannot load it: `aot`
 # looks at what nvcc made of it.
@@ -55,12 +56,19 @@ test-emulated: $(EMULATION)
 $(EMULATION): $(STAMP) $(NATIVE) $(wildcard tests/emulation/*)
 	$(RUN) tests/emulation/build.py $@
 
-test-triton-3.6: $(STAMP) ## the Triton backend on the oldest Triton it supports
-	$(RUN) -m pip install --quiet --upgrade --no-deps --target build/triton-3.6 triton==3.6.0 "numpy<2.4"
-	PYTHONPATH=build/triton-3.6 $(PYTEST) tests/test_triton_plan.py tests/test_triton_launches.py tests/test_driver.py
-	TRITON_INTERPRET=1 PYTHONPATH=build/triton-3.6 $(PYTEST) $(INTERPRETED)
+# One case of each test of the copy and of the sums; what is launched, and how it compiles.
+test-triton-3.6: $(TRITON_3_6) ## the Triton backend on the oldest Triton it supports
+	PYTHONPATH=build/triton-3.6 $(PYTEST) tests/test_triton_plan.py tests/test_triton_launches.py \
+		tests/test_driver.py tests/test_requests.py
+	PYTHONPATH=build/triton-3.6 TRITON_INTERPRET=1 $(PYTEST) -k triton -m "not slow" --cases 1 \
+		tests/test_graft.py tests/test_saliency.py
+	PYTHONPATH=build/triton-3.6 $(RUN) -m benchmarks.compiled.triton_kernels --main --targets sm_90
 
-aot: $(STAMP) ## compiles every kernel for five GPUs: registers, spills, width of each access
+$(TRITON_3_6): $(STAMP)
+	$(RUN) -m pip install --quiet --upgrade --no-deps --target build/triton-3.6 triton==3.6.0 "numpy<2.4"
+	@touch $@
+
+aot: $(STAMP) ## compiles every kernel for five GPUs: registers, spills, width and spread of each access
 	$(RUN) -m benchmarks.compiled.triton_kernels
 	[ ! -e sg_kernels/libsg_kernels_cuda.so ] || $(RUN) -m benchmarks.compiled.cuda_library
 

@@ -1,10 +1,10 @@
 """Compiles every Triton kernel ahead of time, for GPUs that need not be present.
 
-    python -m benchmarks.compiled.triton_kernels [--targets sm_90 gfx942]
+    python -m benchmarks.compiled.triton_kernels [--targets sm_90 gfx942] [--main]
 
-Prints what each kernel needs and the width of its accesses, with the time that its bytes take at
-the copy bandwidth of an H200. Fails on a spill, and in the main shapes on accesses to images or
-features narrower than 16 bytes.
+Prints what each kernel needs, the width of its accesses and what one request of a warp touches,
+with the time that its bytes take at the copy bandwidth of an H200. Fails on a spill, and in the
+main shapes on accesses to images or features that are narrower than 16 bytes or scattered.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.compiled.cuobjdump import count_instructions, dump
+from benchmarks.compiled.requests import Request, worst_request
 from sg_kernels.backends.triton import operators
 from sg_kernels.backends.triton.launch import options_of, source
 from sg_kernels.call import DTYPES, NORM, NORMALIZE, Call
@@ -71,6 +72,8 @@ class Compiled(NamedTuple):
     predicated: int
     """How many of these are predicated."""
     wide_stores: int
+    request: Request = Request()
+    """To images or features, where most scattered; none where that was not asked."""
 
 
 def launches_of(
@@ -209,7 +212,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
     )
 
 
-def read_ptx(kernel: Any) -> Compiled:
+def read_ptx(kernel: Any, request: Request) -> Compiled:
     accesses = re.findall(
         r"(@%p\d+ )?(ld|st)\.global[.\w]*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"]
     )
@@ -232,6 +235,7 @@ def read_ptx(kernel: Any) -> Compiled:
         wide_loads=sum(width == WIDE for width, _ in widths["ld"]),
         predicated=sum(width == WIDE and predicated for width, predicated in widths["ld"]),
         wide_stores=sum(width == WIDE for width, _ in widths["st"]),
+        request=request,
     )
 
 
@@ -262,11 +266,18 @@ def read_amdgcn(kernel: Any) -> Compiled:
 
 
 def examine(position: int, target: str) -> Compiled:
-    kernel = compile_launch(LAUNCHES[position], target)
-    return read_ptx(kernel) if "ptx" in kernel.asm else read_amdgcn(kernel)
+    launch = LAUNCHES[position]
+    kernel = compile_launch(launch, target)
+    if "ptx" not in kernel.asm:
+        return read_amdgcn(kernel)
+    if not launch.wide:
+        return read_ptx(kernel, Request())
+    arguments = (*launch.arguments, *launch.constants)
+    return read_ptx(kernel, worst_request(kernel.asm["ttgir"], arguments))
 
 
-LAUNCHES = [*main_shapes(), *other_kernels()]
+MAIN_SHAPES = list(main_shapes())
+LAUNCHES = [*MAIN_SHAPES, *other_kernels()]
 
 
 def faults(launch: Launch, compiled: Compiled) -> list[str]:
@@ -278,14 +289,18 @@ def faults(launch: Launch, compiled: Compiled) -> list[str]:
         found.append(f"reads at most {compiled.load} bytes at a time")
     if launch.wide and "graft" in launch.name and compiled.store < WIDE:
         found.append(f"writes at most {compiled.store} bytes at a time")
+    if compiled.request.scattered:
+        found.append("a warp touches {} bytes in {} sectors, {} lines".format(*compiled.request))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    targets = parser.parse_args().targets
-    tasks = [(position, target) for position in range(len(LAUNCHES)) for target in targets]
+    parser.add_argument("--main", action="store_true", help="the main shapes alone")
+    arguments = parser.parse_args()
+    count = len(MAIN_SHAPES if arguments.main else LAUNCHES)
+    tasks = [(position, target) for position in range(count) for target in arguments.targets]
     with ProcessPoolExecutor() as pool:
         found = pool.map(examine, *zip(*tasks))
         results = list(
@@ -294,11 +309,13 @@ def main() -> None:
     rows, failures = [], []
     for (position, target), compiled in zip(tasks, results):
         launch = LAUNCHES[position]
-        rows.append((launch.name, target, *compiled, launch.bytes / 1e6))
+        request = compiled.request if compiled.request.bytes else (None, None, None)
+        rows.append((launch.name, target, *compiled[:-1], *request, launch.bytes / 1e6))
         rows[-1] += (launch.bytes / COPY_BANDWIDTH * 1e6,)
         failures += [f"{launch.name}, {target}: {fault}" for fault in faults(launch, compiled)]
     print(f"Triton {triton.__version__}; load and store: bytes of the widest; wide: 16 bytes")
-    heads = ("kernel", "target", *Compiled._fields, "MB", "us")
+    print("request: the bytes that a warp touches at once, where most scattered")
+    heads = ("kernel", "target", *Compiled._fields, "sectors", "lines", "MB", "us")
     print(tabulate(rows, [head.replace("_", " ") for head in heads], floatfmt=".1f"))
     print(*failures, sep="\n")
     sys.exit(bool(failures))

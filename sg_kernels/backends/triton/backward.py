@@ -6,7 +6,7 @@ import triton.language as tl
 from sg_kernels.backends.triton.arguments import GraftMemory, Size, Tiles
 from sg_kernels.backends.triton.cells import destination_of
 from sg_kernels.backends.triton.chunks import chunks_of, store_chunks
-from sg_kernels.backends.triton.copy import load_taken, tile_cells, tile_lines, tile_offset
+from sg_kernels.backends.triton.copy import load_taken, tile_cells, tile_chunks, tile_offset
 
 SCAN = tl.constexpr(1024)
 """Index entries scanned per iteration: 8 per thread."""
@@ -38,13 +38,13 @@ def graft_backward_kernel(
     """
     program = tl.program_id(0)
     own = (program // tiles.total).to(tl.int64)
-    place, inside = tile_lines(program % tiles.total, tiles, LAYOUT)
+    place, inside = tile_chunks(program % tiles.total, tiles, LAYOUT)
     cell = tile_cells(place, tiles, grid, LAYOUT)
     offset = tile_offset(place, tiles.sides, tiles.source, LAYOUT)
     grad = chunks_of(memory.images, UNIT, LAYOUT.lanes)
     out = chunks_of(memory.out, UNIT, LAYOUT.lanes)
     wide: tl.constexpr = tl.float64 if tl.float64 == UNIT else tl.float32
-    total = tl.full([LAYOUT.lines, LAYOUT.chunks, LAYOUT.lanes], 0.0, wide)
+    total = tl.full([LAYOUT.lines * LAYOUT.chunks, LAYOUT.lanes], 0.0, wide)
     for start in range(0, rows, batch):
         row = start + own
         other, _ = destination_of(memory.index, row, own, batch)

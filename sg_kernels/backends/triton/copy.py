@@ -25,36 +25,43 @@ def quotient(numerator, reciprocal):
 
 
 @triton.jit
-def tile_lines(tile, tiles, LAYOUT: tl.constexpr):
-    """The place of a tile: the channel and y of each line, and its chunks. And which exist."""
+def tile_chunks(tile, tiles, LAYOUT: tl.constexpr):
+    """The place of each chunk of a tile, line by line: channel, y and chunk of the line. And which
+    exist.
+    """
     sides = tiles.sides
-    line = tile // tiles.across * LAYOUT.lines + tl.arange(0, LAYOUT.lines)
+    position = tl.arange(0, LAYOUT.lines * LAYOUT.chunks)
+    line = tile // tiles.across * LAYOUT.lines + position // LAYOUT.chunks
+    chunk = tile % tiles.across * LAYOUT.chunks + position % LAYOUT.chunks
     channel = quotient(line, sides.per_height)
-    chunk = tile % tiles.across * LAYOUT.chunks + tl.arange(0, LAYOUT.chunks)
-    inside = (line < tiles.lines)[:, None] & (chunk < tiles.chunks)[None, :]
+    inside = (line < tiles.lines) & (chunk < tiles.chunks)
     return (channel, line - channel * sides.height, chunk), inside
 
 
 @triton.jit
 def tile_cells(place, tiles, grid, LAYOUT: tl.constexpr):
-    """The cell that each chunk lies in, (lines, chunks), or each lane, (lines, chunks, lanes)."""
+    """The cell that each chunk lies in, (chunks,), or each lane, (chunks, lanes)."""
     _, y, chunk = place
     sides = tiles.sides
+    row = quotient(y * grid.height, sides.per_height)
     if LAYOUT.uniform:
-        element = (chunk * tiles.step)[None, :]
-        row = quotient(y * grid.height, sides.per_height)[:, None]
+        element = chunk * tiles.step
     else:
-        lane = chunk[:, None] * LAYOUT.lanes + tl.arange(0, LAYOUT.lanes)[None, :]
-        element = (lane * tiles.step)[None, :, :]
-        row = quotient(y * grid.height, sides.per_height)[:, None, None]
+        row = row[:, None]
+        element = lanes_in_line(chunk, LAYOUT) * tiles.step
     x = quotient(element, sides.per_channels) if LAYOUT.channels_last else element
     column = quotient(tl.minimum(x, sides.width - 1) * grid.width, sides.per_width)
     return row * grid.width + column
 
 
 @triton.jit
+def lanes_in_line(chunk, LAYOUT: tl.constexpr):
+    return chunk[:, None] * LAYOUT.lanes + tl.arange(0, LAYOUT.lanes)[None, :]
+
+
+@triton.jit
 def tile_offset(place, sides, strides, LAYOUT: tl.constexpr):
-    """Where each chunk of an image lies, in chunks: (lines, chunks)."""
+    """Where each chunk of an image lies, in chunks."""
     channel, y, chunk = place
     down = channel * strides.channel + y * strides.y
     if not LAYOUT.strided:
@@ -64,14 +71,14 @@ def tile_offset(place, sides, strides, LAYOUT: tl.constexpr):
         across = x * strides.x + (chunk - x * sides.channels) * strides.channel
     else:
         across = chunk * strides.x
-    return down[:, None] + across[None, :]
+    return down + across
 
 
 @triton.jit
 def load_taken(pointer, offset, inside, taken, LAYOUT: tl.constexpr):
     """The chunks that are ``inside`` and of which any lane is ``taken``; zeros elsewhere."""
     if not LAYOUT.uniform:
-        taken = tl.max(taken.to(tl.int32), axis=2) != 0
+        taken = tl.max(taken.to(tl.int32), axis=1) != 0
     return load_chunks(pointer, offset, inside & taken, LAYOUT.lanes)
 
 
@@ -80,10 +87,10 @@ def standardize(value, affine, place, sides, DTYPE: tl.constexpr, LAYOUT: tl.con
     """value * scale + shift of its channel, which launch.OPTIONS keeps from being fused."""
     channel, _, chunk = place
     if LAYOUT.channels_last:
-        lane = chunk[:, None] * LAYOUT.lanes + tl.arange(0, LAYOUT.lanes)[None, :]
-        channel = (lane - quotient(lane, sides.per_channels) * sides.channels)[None, :, :]
+        lane = lanes_in_line(chunk, LAYOUT)
+        channel = lane - quotient(lane, sides.per_channels) * sides.channels
     else:  # lines past the last have channels past the last
-        channel = tl.minimum(channel, sides.channels - 1)[:, None, None]
+        channel = tl.minimum(channel, sides.channels - 1)[:, None]
     scale, shift = tl.load(affine + channel), tl.load(affine + sides.channels + channel)
     return (value.to(tl.float32) * scale + shift).to(DTYPE)
 
@@ -141,7 +148,7 @@ def graft_kernel(
     own = (row % batch).to(tl.int64)
     row = row.to(tl.int64)
     other, _ = destination_of(memory.index, row, own, batch)
-    place, inside = tile_lines(tile, tiles, LAYOUT)
+    place, inside = tile_chunks(tile, tiles, LAYOUT)
     cell = tile_cells(place, tiles, grid, LAYOUT)
     from_own = tl.load(memory.mask + row * grid.height * grid.width + cell) != 0
     copy_tile(memory, tiles, row, own, other, place, inside, from_own, UNIT, OUT_UNIT, LAYOUT)

@@ -6,7 +6,7 @@ import triton.language as tl
 from sg_kernels.backends.triton import cells
 from sg_kernels.backends.triton.arguments import Maps, MixMemory, Options, Rows, RowsMemory, Tiles
 from sg_kernels.backends.triton.cells import destination_of
-from sg_kernels.backends.triton.copy import copy_tile, tile_cells, tile_lines
+from sg_kernels.backends.triton.copy import copy_tile, tile_cells, tile_chunks
 
 COLUMNS = tl.constexpr(256)
 """Classes mixed per iteration: 2 per thread."""
@@ -62,7 +62,7 @@ def saliency_graft_kernel(
     if GRAFTS and part >= 0:
         bits = cells.bits_of(kept)
         for tile in range(part, tiles.total, rows.parts):
-            place, inside = tile_lines(tile, tiles, LAYOUT)
+            place, inside = tile_chunks(tile, tiles, LAYOUT)
             tile_cell = tile_cells(place, tiles, maps.grid, LAYOUT)
             from_own = cells.mask_at(kept, bits, tile_cell)
             copy_tile(

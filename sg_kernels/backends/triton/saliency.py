@@ -46,19 +46,20 @@ def sum_planes(features, partial, tile, first, last, size, sums, BLOCK: tl.const
     COLUMNS: tl.constexpr = BLOCK.chunks * BLOCK.lanes
     CELLS: tl.constexpr = COLUMNS // BLOCK.planes
     map_cells = size.height * size.width
-    chunk = tile * BLOCK.chunks + tl.arange(0, BLOCK.chunks)
+    position = tl.arange(0, BLOCK.rows * BLOCK.chunks)
+    chunk = tile * BLOCK.chunks + position % BLOCK.chunks
+    exists = chunk * BLOCK.lanes < BLOCK.planes * map_cells
     dense: tl.constexpr = BLOCK.layout == "planes"
     chunk_offset = chunk.to(tl.int64) if dense else place_of(chunk, size, sums)
-    total = tl.full([BLOCK.rows, BLOCK.chunks, BLOCK.lanes], 0.0, tl.float32)
+    total = tl.full([BLOCK.rows * BLOCK.chunks, BLOCK.lanes], 0.0, tl.float32)
     for start in range(first, last, BLOCK.rows * UNROLL):
         for part in tl.static_range(UNROLL):
-            row = start + part * BLOCK.rows + tl.arange(0, BLOCK.rows)
-            exists = chunk * BLOCK.lanes < BLOCK.planes * map_cells
-            inside = (row < last)[:, None] & exists[None, :]
-            offset = row.to(tl.int64)[:, None] * sums.row_stride + chunk_offset[None, :]
+            row = start + part * BLOCK.rows + position // BLOCK.chunks
+            offset = row.to(tl.int64) * sums.row_stride + chunk_offset
+            inside = (row < last) & exists
             value = load_chunks(features, offset, inside, BLOCK.lanes)
             total += tl.abs(value).to(tl.float32)
-    summed = tl.reshape(tl.sum(total, axis=0), [COLUMNS])
+    summed = tl.sum(tl.reshape(total, [BLOCK.rows, COLUMNS]), axis=0)
     cell = tile * CELLS + tl.arange(0, CELLS)
     if BLOCK.planes > 1:  # in one tile, whose CELLS >= map_cells: every place is a column
         place = tl.arange(0, BLOCK.planes)[:, None] * map_cells + cell[None, :]
@@ -72,17 +73,18 @@ def sum_channels(features, partial, tile, first, last, size, sums, BLOCK: tl.con
     """Sums the chunks first .. last - 1 of the channels of ``rows`` neighbouring cells."""
     UNROLL: tl.constexpr = BLOCK.unroll
     map_cells = size.height * size.width
-    cell = tile * BLOCK.rows + tl.arange(0, BLOCK.rows)
+    position = tl.arange(0, BLOCK.rows * BLOCK.chunks)
+    cell = tile * BLOCK.rows + position // BLOCK.chunks
     pixel = place_of(cell, size, sums)
-    total = tl.full([BLOCK.rows, BLOCK.chunks, BLOCK.lanes], 0.0, tl.float32)
+    total = tl.full([BLOCK.rows * BLOCK.chunks, BLOCK.lanes], 0.0, tl.float32)
     for start in range(first, last, BLOCK.chunks * UNROLL):
         for part in tl.static_range(UNROLL):
-            chunk = start + part * BLOCK.chunks + tl.arange(0, BLOCK.chunks)
-            inside = (cell < map_cells)[:, None] & (chunk < last)[None, :]
-            offset = pixel[:, None] + chunk[None, :]
-            value = load_chunks(features, offset, inside, BLOCK.lanes)
+            chunk = start + part * BLOCK.chunks + position % BLOCK.chunks
+            inside = (cell < map_cells) & (chunk < last)
+            value = load_chunks(features, pixel + chunk, inside, BLOCK.lanes)
             total += tl.abs(value).to(tl.float32)
-    summed = tl.sum(tl.sum(total, axis=2), axis=1)
+    summed = tl.sum(tl.reshape(tl.sum(total, axis=1), [BLOCK.rows, BLOCK.chunks]), axis=1)
+    cell = tile * BLOCK.rows + tl.arange(0, BLOCK.rows)
     tl.store(partial + cell, summed, mask=cell < map_cells)
 
 
