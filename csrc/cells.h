@@ -32,6 +32,10 @@ struct Window {
   Int begin, end;
 };
 
+// Windows are summed at this scale, where the sum of finite values is finite: see
+// reference.HEADROOM.
+constexpr float kHeadroom = 1.0f / (1 << 24);
+
 // On one axis, the cells of a map of `size` that cell `position` of a grid of `grid` averages over.
 // Here and below, Int must hold size * grid, and sizes are of type Int or, on the GPU, Divisor.
 template <class Int, class Size, class Cells>

@@ -476,6 +476,18 @@ def test_no_grad_records_nothing(backend):
     assert not result.images.requires_grad
 
 
+@pytest.mark.parametrize("grid_size", [(2, 3), (4, 4), (8, 2)])
+def test_the_sum_of_a_window_does_not_overflow_where_its_values_do_not(backend, grid_size):
+    images, _ = batch_of()
+    saliency = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(2)) * 2.0**127
+    options = {"grid_size": grid_size, "keep_prob": 0.9, "seed": 1, "backend": backend}
+    whole = saliency_graft(images, saliency=saliency, **options)
+    small = saliency_graft(images, saliency=saliency / 2.0**20, **options)
+    assert whole.mask.any()
+    assert torch.equal(whole.mask, small.mask)
+    assert torch.equal(whole.lam, small.lam)
+
+
 def test_the_mean_of_a_map_does_not_overflow_where_its_sum_would(backend):
     images, _ = batch_of()
     saliency = torch.rand(4, 5, 6)

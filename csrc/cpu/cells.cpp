@@ -38,8 +38,9 @@ void Resampling::operator()(const float* map, float* grid) const {
       }
       float sum = 0.0f;
       for (std::int64_t y = rows.begin; y < rows.end; ++y)
-        for (std::int64_t x = columns.begin; x < columns.end; ++x) sum += map[y * width_ + x];
-      *grid++ = sum / static_cast<float>(count);
+        for (std::int64_t x = columns.begin; x < columns.end; ++x)
+          sum += map[y * width_ + x] * kHeadroom;
+      *grid++ = sum / (static_cast<float>(count) * kHeadroom);
     }
 }
 

@@ -42,10 +42,11 @@ __device__ float resample(
       float whole = *value;
       for (int split = 1; split < maps.splits; ++split)
         whole += value[split * maps.batch * maps.map.cells()];
-      sum += taken(whole);
+      sum += taken(whole) * kHeadroom;
     }
     count = static_cast<float>((rows.end - rows.begin) * (columns.end - columns.begin));
   }
+  count *= kHeadroom;
   return reduce_lanes(sum, maps.lanes, [](float a, float b) { return a + b; }) / count;
 }
 

@@ -26,6 +26,10 @@ of equal values differ by rounding."""
 WITHOUT_FLOAT64 = ("mps", "xpu")
 """Device types on which float64 is missing, or may be."""
 
+HEADROOM = 2.0**-24
+"""Windows are summed at this scale, where the sum of finite values is finite. A power of two, it
+changes no bit but those of values below 1e-30."""
+
 TINY = torch.finfo(torch.float32).tiny
 """Least numerator of the softmax: exp underflows at low temperatures, where threshold=0 still keeps
 every cell."""
@@ -44,11 +48,13 @@ def checked_saliency(saliency: Tensor) -> Tensor:
 def resample(saliency: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """Stage 2: the map on the grid, axis by axis: area average where it shrinks, else nearest."""
     (h, w), (gh, gw) = saliency.shape[1:], grid_size
+    if (h, w) == (gh, gw):
+        return saliency
     if gh > h:
         saliency = saliency[:, nearest(gh, h, saliency.device)]
     if gw > w:
         saliency = saliency[:, :, nearest(gw, w, saliency.device)]
-    return F.adaptive_avg_pool2d(saliency[:, None], grid_size)[:, 0]
+    return F.adaptive_avg_pool2d(saliency[:, None] * HEADROOM, grid_size)[:, 0] / HEADROOM
 
 
 def nearest(size: int, source_size: int, device: torch.device) -> Tensor:

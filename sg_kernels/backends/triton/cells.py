@@ -12,6 +12,7 @@ from sg_kernels.backends.triton import philox
 
 FLAT = tl.constexpr(reference.FLAT)
 TINY = tl.constexpr(reference.TINY)
+HEADROOM = tl.constexpr(reference.HEADROOM)
 
 
 @triton.jit
@@ -45,7 +46,8 @@ def sum_values(
     TERMS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sums the splits of each cell: its value at ``first``, or all those in an ``extent`` from it.
+    """Sums the splits of each cell: its value at ``first``, or all those in an ``extent`` from it,
+    times HEADROOM.
 
     UNROLL times TERMS values are read at once, TERMS of them by different threads. Values not
     CHECKED yet, of a ready map without splits, are checked first.
@@ -70,6 +72,8 @@ def sum_values(
             value = tl.load(whole + place, mask=inside, other=0.0)
             if not CHECKED:
                 value = checked(value)
+            if extent is not None:
+                value = value * HEADROOM
             total += tl.sum(value, axis=0)
     return total
 
@@ -98,7 +102,7 @@ def resample(
         total = sum_values(
             values, maps, batch, sample, first, valid, extent, CHECKED, TERMS, UNROLL
         )
-        total = total / (high * wide).to(tl.float32)
+        total = total / ((high * wide).to(tl.float32) * HEADROOM)
     else:
         total = sum_values(values, maps, batch, sample, cell, valid, None, CHECKED, TERMS, UNROLL)
     return total
