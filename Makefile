@@ -2,7 +2,7 @@ PYTHON ?= python3
 # The version that development uses; the package runs on every torch >= 2.10.
 TORCH ?= 2.13.0
 # Cases of each test in Triton's interpreter, which takes seconds for each; 0 runs all.
-CASES ?= 3
+CASES ?= 2
 # Test processes side by side.
 JOBS ?= 2
 
@@ -50,7 +50,7 @@ test-interpreted: $(STAMP)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
 
 test-emulated: $(EMULATION)
-	SG_KERNELS_EMULATION=$(EMULATION) $(PYTEST) -k cuda --cases 12 \
+	SG_KERNELS_EMULATION=$(EMULATION) $(PYTEST) -k cuda --cases 8 \
 		--ignore tests/test_distribution.py --ignore tests/benchmarks --ignore tests/habits
 
 $(EMULATION): $(STAMP) $(NATIVE) $(wildcard tests/emulation/*)
