@@ -37,7 +37,8 @@ test: test-compiled test-interpreted test-emulated ## the test suite, Triton's k
 
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist worksteal
 
-# By file, so that the run of the benchmarks that their tests share is made once.
+# By file, so that the run of the benchmarks that their tests share is made once, and that a process
+# loads the driver that records once.
 test-compiled: $(FRAMEWORKS)
 	$(PYTEST) --dist loadfile
 
@@ -59,7 +60,7 @@ $(EMULATION): $(STAMP) $(NATIVE) $(wildcard tests/emulation/*)
 # One case of each test of the copy and of the sums; what is launched, and how it compiles.
 test-triton-3.6: $(TRITON_3_6) ## the Triton backend on the oldest Triton it supports
 	PYTHONPATH=build/triton-3.6 $(PYTEST) tests/test_triton_plan.py tests/test_triton_launches.py \
-		tests/test_driver.py tests/test_requests.py
+		tests/test_driver.py tests/test_requests.py --dist loadfile
 	PYTHONPATH=build/triton-3.6 TRITON_INTERPRET=1 $(PYTEST) -k triton -m "not slow" --cases 1 \
 		tests/test_graft.py tests/test_saliency.py
 	PYTHONPATH=build/triton-3.6 $(RUN) -m benchmarks.compiled.triton_kernels --main --targets sm_90
