@@ -18,6 +18,8 @@ constexpr int kChunk = 16;  // bytes of the widest access
 constexpr int kBlocksPerSm = 4;
 // Lower for the gradient and the single-launch kernel, which take up to 80.
 constexpr int kLargeBlocksPerSm = 3;
+// Lower still where images come out standardised: sm_100 and sm_120 take more than 80 for that.
+constexpr int kStandardizedBlocksPerSm = 2;
 
 // Loads in flight per thread, of features and of images: as many as 64 registers hold.
 constexpr int kChunksInFlight = 4;

@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, kCopyBlocksPerSm<kStandardized>)
 
 // Both launches in one: the blocks wait for each other in between.
 template <bool kStandardized>
-__global__ void __launch_bounds__(kThreads, kLargeBlocksPerSm)
+__global__ void __launch_bounds__(
+    kThreads, kStandardized ? kStandardizedBlocksPerSm : kLargeBlocksPerSm)
     saliency_graft_kernel(SaliencyWork saliency, RowsWork rows) {
   if (blockIdx.x < saliency.tasks()) saliency_task(saliency, blockIdx.x);
   cooperative_groups::this_grid().sync();

@@ -8,7 +8,7 @@ namespace sg_kernels::cuda {
 
 // Target occupancy of a kernel that copies.
 template <bool kStandardized>
-constexpr int kCopyBlocksPerSm = kStandardized ? kLargeBlocksPerSm : kBlocksPerSm;
+constexpr int kCopyBlocksPerSm = kStandardized ? kStandardizedBlocksPerSm : kBlocksPerSm;
 
 // Neighbouring numbers that are read or written in as few accesses as possible.
 template <class T, int kLanes>
