@@ -4,7 +4,7 @@ An operator has one overload per backend: ``torch.ops.sg_kernels.graft.cpp`` and
 stand here or are generated from :class:`sg_kernels.call.Call`; csrc implements them for ``cpp`` and
 ``cuda``.
 
-The operators trust their arguments: :mod:`sg_kernels.functional` checks them first.
+The operators trust their arguments: the modules that call them check first.
 """
 
 import importlib

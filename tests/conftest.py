@@ -10,7 +10,8 @@ from ferry import ferried
 
 import sg_kernels
 from benchmarks import rivals
-from sg_kernels import backends, checks, ops
+from sg_kernels import backends, checks, ops, rng
+from sg_kernels.call import NORM, NORMALIZE, Call
 
 # csrc/cuda emulated on the CPU (tests/emulation), before the tests ask which backends there are.
 if emulation := os.environ.get("SG_KERNELS_EMULATION"):
@@ -268,3 +269,17 @@ def assert_fulfils_contract(
     mixed = truth.mix_targets(targets, result.lam, result.index.tolist(), width, label_smoothing)
     assert result.targets.dtype == torch.float32
     np.testing.assert_allclose(result.targets, mixed, rtol=1e-5, atol=1e-7)
+
+
+def operator_call(**given):
+    """A call of the operator saliency_graft on maps of 4x3 cells, of the defaults but ``given``."""
+    arguments = {
+        "seed": torch.tensor([5]),
+        "quantiles": rng.beta_quantiles(1.0),
+        "grid_size": (4, 3),
+        "temperature": 0.2,
+        "threshold": 1 / 12,
+        "normalize": NORMALIZE.index("max"),
+        "norm": NORM.index("l1"),
+    }
+    return Call(**arguments | given)

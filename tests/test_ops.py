@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import assert_same_bits
+from conftest import assert_same_bits, operator_call
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import sg_kernels
 from sg_kernels import SaliencyGraft, ops, rng, saliency_graft
 from sg_kernels.backends import reference
-from sg_kernels.call import NORM, NORMALIZE, Call, Outputs
+from sg_kernels.call import NORM, NORMALIZE, Outputs
 
 pytestmark = pytest.mark.operators
 
@@ -23,19 +23,7 @@ INDEX = torch.tensor([1, 0, 3, 3, 2, 1, 0, 0])
 
 
 def call(**changes):
-    """A call of the saliency_graft operator, of the defaults but for ``changes``."""
-    arguments = {
-        "images": IMAGES,
-        "features": FEATURES,
-        "seed": torch.tensor([5]),
-        "quantiles": rng.beta_quantiles(1.0),
-        "grid_size": (4, 3),
-        "temperature": 0.2,
-        "threshold": 1 / 12,
-        "normalize": NORMALIZE.index("max"),
-        "norm": NORM.index("l1"),
-    }
-    return Call(**arguments | changes)
+    return operator_call(**{"images": IMAGES, "features": FEATURES} | changes)
 
 
 CALLS = {

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import truth
-from conftest import LAYOUTS, assert_same_bits, in_layout, random_bits
+from conftest import LAYOUTS, assert_same_bits, in_layout, operator_call, random_bits
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sg_kernels import SaliencyGraft, backends, ops, rng, saliency_graft
+from sg_kernels import SaliencyGraft, backends, ops, saliency_graft
 from sg_kernels.backends import reference
-from sg_kernels.call import DTYPES, NORM, NORMALIZE, Call
+from sg_kernels.call import DTYPES
 from sg_kernels.checks import STANDARDIZED_DTYPES
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -295,20 +295,12 @@ def test_without_standardize_the_module_returns_what_it_is_given(backend):
 
 
 def call_of(images, dtype, **more):
-    arguments = {
-        "images": images,
+    given = {
         "features": torch.rand(len(images), 5, 4, 3),
-        "seed": torch.tensor([5]),
-        "quantiles": rng.beta_quantiles(1.0),
-        "grid_size": (4, 3),
-        "temperature": 0.2,
-        "threshold": 1 / 12,
-        "normalize": NORMALIZE.index("max"),
-        "norm": NORM.index("l1"),
         "affine": reference.affine(MEAN, STD, 3),
         "dtype": DTYPES.index(dtype),
     }
-    return Call(**arguments | more)
+    return operator_call(images=images, **given | more)
 
 
 @pytest.mark.operators

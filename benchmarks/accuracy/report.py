@@ -19,6 +19,7 @@ from scipy import stats
 
 from benchmarks.accuracy.experiments import BASELINE
 from benchmarks.accuracy.train import OCCLUDED
+from benchmarks.speed.plots import style_rows
 from benchmarks.speed.readme import between_markers, markdown
 from benchmarks.speed.results import RESULTS, ROOT
 
@@ -156,11 +157,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         panel.set_xlabel(
             "test error minus CutMix's, points, with its 95 % interval; left is better"
         )
-        panel.invert_yaxis()
-        panel.grid(axis="x", color="0.9", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.tick_params(axis="y", length=0)
+        style_rows(panel)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -63,14 +63,19 @@ def draw_candidates(rows: pd.DataFrame, label: str, path: Path) -> None:
         panel.set_title(title, loc="left", fontsize=10)
         panel.set(xscale="log", xlabel=f"{label} (logarithmic; median, bar from p20 to p80)")
         panel.xaxis.set_major_formatter(FuncFormatter("{0:g}".format))
-        panel.invert_yaxis()
         panel.margins(x=0.15, y=0.05)
-        panel.grid(axis="x", color="0.9", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.tick_params(axis="y", length=0)
+        style_rows(panel)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def style_rows(panel: Axes) -> None:
+    """A row for each candidate, the first on top."""
+    panel.invert_yaxis()
+    panel.grid(axis="x", color="0.9", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.tick_params(axis="y", length=0)
 
 
 def draw_growth(rows: pd.DataFrame, label: str, path: Path) -> None:

@@ -84,7 +84,7 @@ def load_taken(pointer, offset, inside, taken, LAYOUT: tl.constexpr):
 
 @triton.jit
 def standardize(value, affine, place, sides, DTYPE: tl.constexpr, LAYOUT: tl.constexpr):
-    """value * scale + shift of its channel, which launch.OPTIONS keeps from being fused."""
+    """value * scale + shift of its channel, which launch.options_of keeps from being fused."""
     channel, _, chunk = place
     if LAYOUT.channels_last:
         lane = lanes_in_line(chunk, LAYOUT)
