@@ -1,6 +1,6 @@
 """The experiments, by name: which methods are trained on what, small for a CPU, full for a GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from benchmarks.accuracy.train import Run
@@ -93,13 +93,13 @@ def settings_of(experiment: str, setting: Setting) -> list[Setting]:
 def runs_of(
     experiment: str,
     settings: list[Setting],
-    seeds: int,
+    seeds: Iterable[int],
     budget: str = "cost",
     methods: list[str] | None = None,
 ) -> Iterator[Run]:
     """Seed by seed, so that what has ended at any time compares all methods on equal terms."""
     test = "occlusion" if experiment == "occlusion" else "plain"
-    for seed in range(seeds):
+    for seed in seeds:
         for given in settings:
             for setting in settings_of(experiment, given):
                 for method in methods or EXPERIMENTS[experiment]:

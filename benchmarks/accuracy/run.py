@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--network", help="instead of the one that the size has for the data")
     parser.add_argument("--methods", nargs="+", help="instead of the experiment's, written alike")
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--first-seed", type=int, default=0, help="tune on seeds you do not report")
     parser.add_argument("--budget", choices=("cost", "steps"), default="cost", help="what is equal")
     parser.add_argument("--root", type=Path, help="the folder of the data")
     parser.add_argument("--threads", type=int, default=1)
@@ -48,7 +49,8 @@ def main() -> None:
     if given.network:
         settings = [setting._replace(network=given.network) for setting in settings]
     torch.set_num_threads(given.threads)
-    runs = list(runs_of(given.experiment, settings, given.seeds, given.budget, given.methods))
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
+    runs = list(runs_of(given.experiment, settings, seeds, given.budget, given.methods))
     make_all(runs, given.results, given.root)
 
 

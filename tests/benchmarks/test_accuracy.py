@@ -566,7 +566,7 @@ def test_one_command_adds_a_row_as_each_run_ends(clothes, tmp_path, monkeypatch)
 @pytest.mark.parametrize("experiment", experiments.EXPERIMENTS)
 def test_an_experiment_compares_all_methods_seed_by_seed(experiment, to):
     settings = list(experiments.SMALL.values())
-    runs = list(experiments.runs_of(experiment, settings, 3))
+    runs = list(experiments.runs_of(experiment, settings, range(3)))
     assert len(set(runs)) == len(runs)
     assert [each.seed for each in runs] == sorted(each.seed for each in runs)
     assert experiments.BASELINE in {each.method for each in runs}
