@@ -21,6 +21,11 @@ SMALL = {
     "fashion": Setting("fashion", 1000, "small", 800, 50, 0.2),
     "clutter": Setting("clutter", 2000, "small", 800, 50, 0.1),
 }
+# Fewer images for more steps: five and four times as many epochs.
+LONG = {
+    "fashion": Setting("fashion", 400, "small", 1600, 50, 0.1),
+    "clutter": Setting("clutter", 1000, "small", 1600, 50, 0.1),
+}
 # Sizes as they are usual for these data; the rates are not searched.
 FULL = {
     "fashion": Setting("fashion", 60_000, "resnet18", 46_800, 128, 0.1),
@@ -30,7 +35,7 @@ FULL = {
     "tiny-imagenet": Setting("tiny-imagenet", 100_000, "resnet18", 156_000, 128, 0.1),
     "imagenet": Setting("imagenet", 1_281_167, "resnet50", 500_000, 256, 0.1),
 }
-SIZES = {"small": SMALL, "full": FULL}
+SIZES = {"small": SMALL, "long": LONG, "full": FULL}
 
 BASELINE = "cutmix"
 RECIPES = ["half", "half pass_scale=0.5", "sobel", "another-map", "paper"]

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import pickle
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +17,12 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.accuracy import data, experiments, methods, networks, report, run, train
+from benchmarks.accuracy import data, experiments, methods, networks, price, report, run, train
 from benchmarks.accuracy.data import Batch
 from benchmarks.accuracy.train import Run
 from benchmarks.rivals import import_library
+from benchmarks.speed import results
+from benchmarks.speed.readme import between_markers
 from sg_kernels import SaliencyGraft, channel_saliency
 
 BATCH, SIDE, CLASSES, SEED = 6, 16, 6, 3
@@ -642,3 +645,60 @@ def test_the_tables_of_the_page_are_what_the_results_say():
     page = report.PAGE.read_text()
     assert page.count("<!-- accuracy -->\n") == 1
     assert report.between_markers(page, "accuracy", text) == page
+
+
+# Price
+
+
+def test_the_price_of_a_recipe_that_mixes_half_is_the_mean_of_two_steps(monkeypatch):
+    seconds = {
+        "plain": 10.0,
+        "cutmix": 12.0,
+        "half pass_scale=0.5": 14.0,
+        "half": 16.0,
+        "always": 17.0,
+        "paper": 22.0,
+    }
+    made = {}
+
+    def interleave(steps, *_):
+        made.update(steps)
+        return pd.DataFrame([seconds] * 3)[list(steps)], {}
+
+    monkeypatch.setattr(price.measure, "interleave", interleave)
+    monkeypatch.setattr(price.networks, "make", lambda *given: Recorded())
+    monkeypatch.setattr(price, "timm_cutmix", lambda to: methods.make("cutmix prob=1.0", to))
+    rows = price.measure_steps(price.Setting("any", BATCH, SIDE), "cpu", 3)
+    ratios = {row.candidate: row.value for row in rows if row.figure == price.RATIO}
+    assert ratios == pytest.approx(
+        {"half pass_scale=0.5": 12 / 11, "half": 13 / 11, "always": 17 / 11, "paper": 2}, rel=1e-4
+    )
+    counted = {row.candidate: row.value for row in rows if row.figure == price.COUNTED}
+    assert counted == pytest.approx(
+        {"half pass_scale=0.5": 3.125 / 3, "half": 3.5 / 3, "always": 4 / 3, "paper": 2}
+    )
+    assert {*made} == {*seconds}
+
+
+@pytest.mark.parametrize("recipe", price.OF_HALF)
+def test_a_step_that_is_priced_mixes_every_batch(recipe, monkeypatch):
+    passes = []
+
+    class Counting(Recorded):
+        def forward(self, images):
+            passes.append(torch.is_grad_enabled())
+            return super().forward(images[:, :1])
+
+    monkeypatch.setattr(price, "CLASSES", CLASSES)
+    monkeypatch.setattr(price.networks, "make", lambda *given: Counting())
+    make = partial(methods.make, f"{recipe} prob=1.0")
+    step = price.step_of(make, price.Setting("any", BATCH, SIDE), "cpu")
+    for _ in range(5):
+        step()
+    assert passes == [False, True] * 5
+
+
+def test_the_price_on_the_page_is_what_the_results_say():
+    table = price.table_of(results.read(results.RESULTS / "price.csv"))
+    page = price.PAGE.read_text()
+    assert between_markers(page, "price", table) == page
