@@ -286,9 +286,9 @@ def saliency_graft(call: Call) -> Outputs:
     if saliency is None:
         assert call.features is not None
         # torch.sum takes an order of its own in each cell, which float32 would show: cells with
-        # equal features must tie.
-        ranked = call.k is not None
-        saliency = channel_saliency(call.features, torch.float64 if ranked else torch.float32)
+        # equal features must tie where cells are ranked.
+        wide = call.k is not None and images.device.type not in WITHOUT_FLOAT64
+        saliency = channel_saliency(call.features, torch.float64 if wide else torch.float32)
     else:
         saliency = checked_saliency(saliency)
     has_map = saliency.shape[1] > 0
