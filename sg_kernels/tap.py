@@ -148,6 +148,12 @@ class Tap:
                 f"layer must return a tensor; got {type(features).__name__}: make one of it with "
                 "to_features"
             )
+        if features.dim() not in (3, 4):
+            raise ValueError(
+                f"layer must return a map (B, K, h, w) or tokens (B, N, K); {self.layer_name} "
+                f"returned {tuple(features.shape)}: tap an earlier layer, or make a map of it with "
+                "to_features"
+            )
         version = _version(features)
         if version is not None and self._version is not None and version != self._version:
             raise RuntimeError(

@@ -123,6 +123,19 @@ def test_a_layer_that_returns_no_tensor_is_refused():
     layer(images)
 
 
+@pytest.mark.parametrize("own_pass", [False, True])
+def test_a_layer_without_a_map_is_refused_by_its_name(own_pass):
+    images, ids, _ = batch_of()
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
+    module = SaliencyGraft("2", network=network, num_classes=5)
+    if not own_pass:
+        network(images)
+    step = module.step.clone()
+    with pytest.raises(ValueError, match=r"layer must return a map .*Linear returned \(\d+, 5\)"):
+        module(images, ids)
+    assert torch.equal(module.step, step)
+
+
 class Last(nn.Module):
     """Gives what some transformers do: a tuple, of which the first is (B, h, w, K)."""
 
