@@ -1,12 +1,14 @@
 """Says what the runs show: tables with differences to CutMix, paired by seed, and a plot.
 
-    python -m benchmarks.accuracy.report             of benchmarks/results/, into docs/accuracy.md
+    python -m benchmarks.accuracy.report             of benchmarks/results/, into docs/accuracy.md:
+                                                     what has enough seeds
     python -m benchmarks.accuracy.report FILE.csv    of other runs, on the terminal
 
 The plot stands beside the CSV.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +19,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from benchmarks.accuracy.experiments import BASELINE
+from benchmarks.accuracy.experiments import BASELINE, EXPERIMENTS
 from benchmarks.accuracy.train import OCCLUDED
 from benchmarks.speed.plots import style_rows
 from benchmarks.speed.readme import between_markers, markdown
@@ -34,10 +36,13 @@ def main() -> None:
     parser.add_argument("csv", nargs="?", type=Path, default=RESULTS / "accuracy.csv")
     path = parser.parse_args().csv
     rows = read(path)
+    published = path.resolve().parent == RESULTS
+    if published:
+        rows = with_enough_seeds(rows)
     text = tables(rows)
     print(text)
     draw(rows, path.with_suffix(".png"))
-    if path.resolve().parent == RESULTS:
+    if published:
         PAGE.write_text(between_markers(PAGE.read_text(), "accuracy", text))
 
 
@@ -50,6 +55,12 @@ def read(path: Path) -> pd.DataFrame:
         error = hidden.occluded.str.split().str[i].astype(float)
         frames.append(hidden.assign(error=error, test=f"{share:.0%} of the cells hidden"))
     return pd.concat(frames, ignore_index=True)
+
+
+def with_enough_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without what was run on too few seeds for a claim."""
+    seeds = rows.groupby([*SETTING, "budget", "method"]).seed.transform("nunique")
+    return rows[seeds >= ENOUGH]
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -97,10 +108,24 @@ def groups(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
                 continue
             if budget == "steps":
                 of_budget = pd.concat([plain, of_budget])
+            of_budget = of_budget.drop_duplicates(["method", "seed"])
             shown = "" if test == "plain" else f", {test}"
-            title = f"{data}{shown}, {words}: {images} images, {network}, {steps} steps of {batch}"
-            found[title] = of_budget.drop_duplicates(["method", "seed"])
+            size = f"{images} images, {network}, {steps} steps of {batch}"
+            for experiment, part in parts(of_budget):
+                found[f"{data}{shown}, {words}, {experiment}: {size}"] = part
     return found
+
+
+def parts(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The runs of each experiment that has some of its own, then what belongs to none."""
+    shown = {BASELINE}
+    for experiment, methods in EXPERIMENTS.items():
+        own = {*rows.method} & {*methods} - shown
+        if own and experiment != "key":  # which is a part of the recipes
+            yield experiment, rows[rows.method.isin(methods)]
+            shown |= own
+    if {*rows.method} - shown:
+        yield "others", rows[(rows.method == BASELINE) | ~rows.method.isin(shown)]
 
 
 def tables(rows: pd.DataFrame) -> str:
@@ -128,7 +153,7 @@ def table_of(lines: pd.DataFrame) -> str:
 
 def shown(values: pd.Series, sign: str = "") -> pd.Series:
     """Two digits; empty where too few seeds give none."""
-    return values.map(f"{{:{sign}.2f}}".format, na_action="ignore").fillna("").astype(str)
+    return values.map(lambda value: "" if pd.isna(value) else f"{value:{sign}.2f}").astype(str)
 
 
 def joined(left: pd.Series, between: str, right: pd.Series) -> pd.Series:

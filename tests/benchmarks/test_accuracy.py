@@ -631,6 +631,26 @@ def test_equal_steps_compare_with_the_runs_at_plain_cost(tmp_path):
     assert [report.summary(each).difference.min() for each in (cost, steps)] == [-1, -2]
 
 
+def test_each_experiment_has_a_table_and_shows_again_what_it_is_compared_with(tmp_path):
+    names = ["cutmix", "vanilla", "half", "half threshold=0.0", "half stage=9"]
+    rows = rows_of({name: [20.0] * 8 for name in names}, tmp_path / "a.csv")
+    titles = {
+        title.split(": ")[0]: [*found.method.unique()]
+        for title, found in report.groups(rows).items()
+    }
+    start = "fashion, equal cost, "
+    assert titles == {
+        f"{start}recipes": ["cutmix", "vanilla", "half"],
+        f"{start}threshold": ["cutmix", "half", "half threshold=0.0"],
+        f"{start}others": ["cutmix", "half stage=9"],
+    }
+
+
+def test_what_has_too_few_seeds_is_not_published(tmp_path):
+    rows = rows_of({"cutmix": [20.0] * 8, "half": [19.0] * 8, "paper": [18.0] * 7}, tmp_path / "a")
+    assert {*report.with_enough_seeds(rows).method} == {"cutmix", "half"}
+
+
 def test_errors_under_occlusion_are_compared_too(tmp_path):
     run.add(tmp_path / "a.csv", a_row("cutmix", 0, 20.0, test="occlusion"))
     rows = report.read(tmp_path / "a.csv").set_index("test").error
@@ -641,7 +661,8 @@ def test_errors_under_occlusion_are_compared_too(tmp_path):
 
 
 def test_the_tables_of_the_page_are_what_the_results_say():
-    text = report.tables(report.read(report.RESULTS / "accuracy.csv"))
+    rows = report.with_enough_seeds(report.read(report.RESULTS / "accuracy.csv"))
+    text = report.tables(rows)
     page = report.PAGE.read_text()
     assert page.count("<!-- accuracy -->\n") == 1
     assert report.between_markers(page, "accuracy", text) == page
