@@ -98,11 +98,16 @@ def random_pixel(height: int, width: int) -> tuple[int, int]:
 
 def cutmix_of(to: Trained, alpha: float) -> Mix:
     def mix(batch: Batch) -> tuple[Tensor, Tensor]:
-        size = batch.images.shape[2:]
-        pasted = box(*size, 1 - beta(alpha), *random_pixel(*size))
-        return paste(to, batch, ~pasted.expand(len(batch.images), -1, -1).to(to.device))
+        return paste(to, batch, one_box(to, batch, alpha))
 
     return mix
+
+
+def one_box(to: Trained, batch: Batch, alpha: float) -> Tensor:
+    """CutMix's mask, (B, H, W), True outside of a box that is the same for the whole batch."""
+    size = batch.images.shape[2:]
+    pasted = box(*size, 1 - beta(alpha), *random_pixel(*size))
+    return ~pasted.to(to.device).expand(len(batch.images), -1, -1)
 
 
 def cutmix(to: Trained, prob: float = PROB, alpha: float = 1.0) -> Method:
@@ -354,6 +359,24 @@ def sobel(to: Trained, prob: float = PROB, **options: Any) -> Method:
     return Method(loss, PLAIN)
 
 
+def box_labels(
+    to: Trained, prob: float = PROB, alpha: float = 1.0, pass_scale: float = 0.0, **options: Any
+) -> Method:
+    """CutMix's boxes, with labels by saliency instead of area: by the network's, in a clean pass at
+    ``pass_scale``, or at 0 by that of the edges."""
+    if pass_scale:
+        layer, network = layer_of(to, None, pass_scale), to.network
+        options |= {"layer": layer, "network": network, "pass_scale": pass_scale}
+    mixer = mixer_of(to, **options)
+
+    def mix(batch: Batch) -> tuple[Tensor, Tensor]:
+        saliency = None if pass_scale else edge_strength(batch.images)
+        mask = one_box(to, batch, alpha)
+        return mixer(batch.images, batch.labels, saliency=saliency, mask=mask)
+
+    return mixing(to, mix, prob, extra=pass_scale**2)
+
+
 def edge_strength(images: Tensor) -> Tensor:
     """The length of Sobel's gradient of the mean channel, (B, H, W)."""
     across = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
@@ -412,6 +435,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "streamed": streamed,
     "cached": cached,
     "sobel": sobel,
+    "box-labels": box_labels,
     "another-map": another_map,
     "backward": backward,
 }

@@ -23,7 +23,7 @@ from benchmarks.accuracy.train import Run
 from benchmarks.rivals import import_library
 from benchmarks.speed import results
 from benchmarks.speed.readme import between_markers
-from sg_kernels import SaliencyGraft, channel_saliency
+from sg_kernels import SaliencyGraft, channel_saliency, label_ratio, mix_targets
 
 BATCH, SIDE, CLASSES, SEED = 6, 16, 6, 3
 
@@ -144,6 +144,28 @@ def test_cutmix_pastes_one_box_of_the_drawn_area(to, monkeypatch):
     expected = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     expected[1:9, 11:] = True  # 8 x 8 around (5, 15), clipped
     assert changed.equal(expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_box_labels_mixes_the_labels_of_cutmixs_box_by_saliency(to, monkeypatch, scale):
+    monkeypatch.setattr(methods, "beta", lambda alpha: 0.75)
+    monkeypatch.setattr(methods, "random_pixel", lambda height, width: (5, 12))
+    batch = batch_of(spotted().floor() + torch.rand(BATCH, 1, SIDE, SIDE))
+    if scale:
+        small = F.interpolate(batch.images, scale_factor=scale, mode="area")
+        saliency = channel_saliency(features_in("eval", to, small, stage=int(scale == 1)))
+    else:
+        saliency = methods.edge_strength(batch.images)
+    loss = methods.make(f"box-labels prob=1 pass_scale={scale}", to).loss(batch)
+    mixed = to.network.given[-1]
+    outside = torch.ones(BATCH, SIDE, SIDE, dtype=torch.bool)
+    outside[:, 1:9, 8:] = False
+    index = mixed[:, 0, 5, 12].long() - 1
+    assert mixed.equal(torch.where(outside[:, None], batch.images, batch.images[index]))
+    lam = label_ratio(saliency, outside, index)
+    assert (lam - 0.75).abs().max() > 1e-3  # the area
+    targets = mix_targets(batch.labels, lam, index, CLASSES)
+    torch.testing.assert_close(loss, loss_on(to, mixed, targets))
 
 
 def test_saliencymix_puts_the_box_around_the_first_images_peak(to, monkeypatch):
