@@ -58,6 +58,7 @@ EXPERIMENTS: dict[str, list[str]] = {
     "ablations": [
         *(BASELINE, "half", "half label=area"),
         *("half selection=topk k=3", "half selection=topk k=3 label=area", "backward"),
+        *("box-labels", "box-labels pass_scale=0.5"),
     ],
     "threshold": [
         *(BASELINE, "half"),
