@@ -123,7 +123,8 @@ bench-calibrate: $(PEERS) ## measures the speed-ups that bench-check compares wi
 
 # Uses the given interpreter and its packages, as a GPU machine may have no network.
 gpu: ## builds, tests and measures on this machine's GPU, in nine minutes: PYTHON=python3 RESULTS=dir; DRY=1 rehearses without
-	$(PYTHON) -m benchmarks.gpu $(if $(RESULTS),--results $(RESULTS)) $(if $(DRY),--dry)
+	$(PYTHON) -m benchmarks.gpu $(if $(STEPS),--steps $(STEPS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+		$(if $(RESULTS),--results $(RESULTS)) $(if $(DRY),--dry)
 
 clean: ## removes the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info sg_kernels/*.so

@@ -4,6 +4,8 @@ speed/      how long they take beside other mixups
     cases, candidates, results    the shapes and their floors; what is timed; rows and their CSV
     measure, host, memory, step   clocks and counters; the host's overhead; memory; a training step
     compare, plots                the run of `make compare`, and what it draws
+    model                         what a GPU should take, where none has been measured
+    tiles                         the Triton copy on tiles of three axes, to compare with
     readme                        the tables of README.md and docs/performance.md
     check                         `make bench-check`: have ratios fallen?
     bench_ops                     `make bench`: every operator under pytest-benchmark

@@ -1,12 +1,23 @@
 """Builds, tests and measures everything on this machine's GPU, offline, within nine minutes.
 
-    python -m benchmarks.gpu [--results DIR] [--dry]
+    python -m benchmarks.gpu [--steps STEP ...] [--seconds N] [--results DIR] [--dry]
 
-A part that fails or hangs does not keep the others from running. DIR, build/gpu unless given, gets
-two files, rewritten after every part: gpu.txt says how each part ended and on which machine, and
-holds the tables and the CSV of the benchmarks; gpu-log.tar.gz holds all that was printed, the CSV
-and the plots. ``--dry`` rehearses the same parts without a GPU: Triton's kernels interpreted,
-CUDA's compiled and emulated, one shard of each suite, a few cases and tiny shapes, and more time.
+In this order, so that what is cut off matters least:
+
+    build    the compiled backends, for this GPU alone
+    tests    the tests of the GPU
+    decide   times and ratios: Triton beside CUDA at every size, launches in turn, other tiles
+    suites   the whole suite on both backends, and compute-sanitizer
+    rest     training steps, counters, and the compiled reference
+
+A step, or a part of it, that fails or hangs does not keep the others from running. A second call
+with ``--steps`` does what the first has left, on what that has built and measured.
+
+DIR, build/gpu unless given, gets two files, rewritten after every part: gpu.txt says how each part
+ended and on which machine, and holds the tables and the CSV of the benchmarks; gpu-log.tar.gz holds
+all that was printed, the CSV and the plots. ``--dry`` rehearses the same steps without a GPU:
+Triton's kernels interpreted, CUDA's compiled and emulated, one shard of each suite, a few cases and
+tiny shapes, and more time.
 """
 
 import argparse
@@ -39,17 +50,20 @@ NOT_OF_A_BACKEND = [
     )
 ]
 AT_ONCE = (os.cpu_count() or 1) + 2
-"""Parts of a stage that run side by side; some of them wait for the GPU."""
-DEADLINE = 510.0
-"""Seconds after the start at which whatever still runs is interrupted."""
+"""Parts of a step that run side by side; some of them wait for the GPU."""
+SECONDS = 510.0
+"""After these whatever still runs is interrupted, and what has not begun is left out."""
 GRACE = 8.0
 """Seconds in which what was interrupted may say what it has, before it is killed."""
 PATIENCE = 6
 """So many times as long may a rehearsal take, on two processors that others use too."""
+STEPS = ("build", "tests", "decide", "suites", "rest")
 TAIL = 40
 """Lines of a log that gpu.txt repeats where a part failed."""
-MOST, MOST_OF_A_LOG = 1 << 20, 1 << 19
-"""Bytes of gpu.txt; of each log in the pack, so that two dozen stay below 16 MiB."""
+RULE = "---- "
+"""Begins what gpu.txt holds below its tables."""
+MOST, MOST_OF_A_LOG = 1 << 20, 1 << 18
+"""Bytes of gpu.txt; of each log in the pack, so that four dozen stay below 16 MiB."""
 
 
 class Part(NamedTuple):
@@ -57,14 +71,15 @@ class Part(NamedTuple):
     command: list[str]
     environment: dict[str, str] | None = None
     needs: str | None = None
-    """The part of an earlier stage without which this one is left out."""
+    """The part of an earlier step without which this one is left out, if that was tried."""
     shown: bool = False
     """Whether gpu.txt repeats all that it prints."""
 
 
-class Stage(NamedTuple):
+class Step(NamedTuple):
     """Parts that run at the same time."""
 
+    name: str
     limit: float
     """In seconds."""
     parts: list[Part]
@@ -82,18 +97,16 @@ class Outcome(NamedTuple):
         return self.result not in ("passed", "left out")
 
 
-def stages(work: Path, dry: bool) -> list[Stage]:
-    """One after the other."""
+def plan(work: Path, dry: bool) -> list[Step]:
+    """One after the other: the steps named above. Only ``rest`` has whatever time is left."""
     device, patience = ("cpu", PATIENCE) if dry else ("cuda", 1)
     major, minor = (9, 0) if dry else torch.cuda.get_device_capability()
     building = {"SG_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
-    rehearsing = {"TRITON_INTERPRET": "1"} if dry else {}
     build = [PYTHON, "setup.py", "build_ext", "--inplace", "--force", "--parallel", "2"]
     emulation = [Part("emulation", [PYTHON, "tests/emulation/build.py", EMULATION])]
     probe = [*under("memcheck", dry), PYTHON, "-c", PROBE.format(device)]
     package = [PYTHON, "-m", "sg_kernels"]
-    compare = [PYTHON, "-m", "benchmarks.speed.compare", "--results", str(work)]
-    measured = ["--quick"] if dry else ["--rounds", "31"]
+    first, more = suites(dry)
     built = [
         Part("build", build, building),
         *emulation[: int(dry)],
@@ -101,15 +114,31 @@ def stages(work: Path, dry: bool) -> list[Stage]:
         Part("machine", ["sh", "-c", MACHINE], shown=True),
     ]
     tested = [
-        Part("environment", [*package, "info"], rehearsing, shown=True),
+        Part("environment", [*package, "info"], rehearsal(dry), shown=True),
         Part("verify", [*package, "verify", "--device", device], shown=True),
-        *tests(dry),
+        *first,
     ]
-    return [
-        Stage(100 * patience, built),
-        Stage(160 * patience, tested),
-        Stage(DEADLINE * patience, [Part("benchmarks", [*compare, *measured], rehearsing)]),
+    steps = [
+        Step("build", 100, built),
+        Step("tests", 110, tested),
+        Step("decide", 130, [compared("deciding", work, dry)]),
+        Step("suites", 110, more),
+        Step("rest", SECONDS, [compared("rest", work, dry)]),
     ]
+    return [step._replace(limit=step.limit * patience) for step in steps]
+
+
+def rehearsal(dry: bool) -> dict[str, str]:
+    """The environment in which kernels run without a GPU."""
+    return {"TRITON_INTERPRET": "1", "SG_KERNELS_EMULATION": EMULATION} if dry else {}
+
+
+def compared(part: str, work: Path, dry: bool) -> Part:
+    """The benchmarks, or what of them the machine's other work would disturb: all."""
+    command = [PYTHON, "-m", "benchmarks.speed.compare", "--part", part, "--results", str(work)]
+    rounds = ["--quick"] if dry else ["--rounds", "31"]
+    environment = {**rehearsal(dry), "TQDM_DISABLE": "1"}
+    return Part(f"benchmarks, {part}", [*command, *rounds], environment)
 
 
 def under(tool: str, dry: bool) -> list[str]:
@@ -118,17 +147,18 @@ def under(tool: str, dry: bool) -> list[str]:
     return [] if dry else ["compute-sanitizer", "--tool", tool, *tolerant]
 
 
-def tests(dry: bool) -> list[Part]:
-    """In shards, as compiling Triton's kernels takes most of the time. Each is a process: a kernel
-    that brings the device down fails the tests that come after it in its own shard only."""
+def suites(dry: bool) -> tuple[list[Part], list[Part]]:
+    """The tests of the GPU, then all others: in shards, as compiling Triton's kernels takes most of
+    the time. Each is a process: a kernel that brings the device down fails the tests that come
+    after it in its own shard only.
+    """
     few, quick = (["--cases", "1"], ["-m", "not slow"]) if dry else ([], [])
     # A test that hangs says where. Only the tests' own plugins, whatever is installed.
     pytest = [PYTHON, "-m", "pytest", "-vv", "-ra", "-p", "no:cacheprovider"]
     pytest += ["-o", f"faulthandler_timeout={60 * (PATIENCE if dry else 1)}"]
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"NCCL_SOCKET_IFNAME": "lo", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    if dry:
-        environment |= {"TRITON_INTERPRET": "1", "SG_KERNELS_EMULATION": EMULATION}
+    environment |= rehearsal(dry)
 
     def sharded(name: str, count: int, *arguments: str, needs: str | None = None) -> list[Part]:
         command = [*pytest, *arguments, *quick, "--shard"]
@@ -144,10 +174,9 @@ def tests(dry: bool) -> list[Part]:
         return Part(f"sanitizer, {tool}", small, uncached, needs="sanitizer probe")
 
     several = few or ["--cases", "8"]
-    return [
-        *sharded("gpu tests", 1 if dry else 3, "tests/test_gpu.py", *few),
-        *sharded("suite, triton", 6, *NOT_OF_A_BACKEND, "-k", "triton", *several),
-        *sharded("suite, cuda", 3, *NOT_OF_A_BACKEND, "-k", "cuda", *few, needs="build"),
+    return sharded("gpu tests", 2 if dry else 8, "tests/test_gpu.py", *few), [
+        *sharded("suite, triton", 8, *NOT_OF_A_BACKEND, "-k", "triton", *several),
+        *sharded("suite, cuda", 4, *NOT_OF_A_BACKEND, "-k", "cuda", *few, needs="build"),
         *map(sanitized, TOOLS[: 1 if dry else None]),
     ]
 
@@ -189,13 +218,20 @@ class Running(NamedTuple):
         return Outcome(self.part, result or "passed", seconds, printed)
 
 
-def run(stage: Stage, logs: Path, deadline: float) -> Iterator[Outcome]:
+def run(step: Step, logs: Path, deadline: float) -> Iterator[Outcome]:
     """Yields how each part ended, as they end. None outlives this call."""
-    waiting, running = list(stage.parts), list[Running]()
-    end, interrupted = min(time.monotonic() + stage.limit, deadline), False
+    waiting, running = list(step.parts), list[Running]()
+    end, interrupted = min(time.monotonic() + step.limit, deadline), False
     try:
         while waiting or running:
-            while waiting and len(running) < AT_ONCE and not interrupted:
+            if not interrupted and time.monotonic() > end:
+                # As Ctrl-C would: pytest then shows the failures so far.
+                interrupted = True
+                for each in running:
+                    each.send(signal.SIGINT)
+                yield from (Outcome(part, "not started in time", 0.0, []) for part in waiting)
+                waiting.clear()
+            while waiting and len(running) < AT_ONCE:
                 part = waiting.pop(0)
                 try:
                     running.append(Running.begin(part, logs))
@@ -205,13 +241,6 @@ def run(stage: Stage, logs: Path, deadline: float) -> Iterator[Outcome]:
             for each in [each for each in running if each.process.poll() is not None]:
                 running.remove(each)
                 yield each.outcome(late=interrupted)
-            if not interrupted and time.monotonic() > end:
-                # As Ctrl-C would: pytest then shows the failures so far.
-                interrupted = True
-                for each in running:
-                    each.send(signal.SIGINT)
-                yield from (Outcome(part, "not started in time", 0.0, []) for part in waiting)
-                waiting.clear()
             if time.monotonic() > end + GRACE:
                 for each in running:
                     each.stop()
@@ -220,33 +249,39 @@ def run(stage: Stage, logs: Path, deadline: float) -> Iterator[Outcome]:
             each.stop()
 
 
-def run_all(planned: Iterable[Stage], logs: Path, deadline: float) -> Iterator[Outcome]:
-    """The stages, without the parts that need what failed."""
-    passed = {None}
-    for stage in planned:
-        wanted = [part for part in stage.parts if part.needs in passed]
-        for part in stage.parts:
+def run_all(
+    planned: Iterable[Step], logs: Path, deadline: float, chosen: Iterable[str] = STEPS
+) -> Iterator[Outcome]:
+    """The steps ``chosen``, without the parts that need what failed."""
+    passed: set[str | None] = {None}
+    for step in planned:
+        if step.name not in chosen:  # done by an earlier call
+            passed |= {part.name for part in step.parts}
+            continue
+        wanted = [part for part in step.parts if part.needs in passed]
+        for part in step.parts:
             if part not in wanted:
                 yield Outcome(part, "left out", 0.0, [f"{part.needs} did not pass"])
-        print("running " + "; ".join(part.name for part in wanted), flush=True)
-        for outcome in run(stage._replace(parts=wanted), logs, deadline):
+        print(f"{step.name}: " + "; ".join(part.name for part in wanted), flush=True)
+        for outcome in run(step._replace(parts=wanted), logs, deadline):
             passed |= {outcome.part.name} if outcome.result == "passed" else set()
             yield outcome
 
 
 def summary(outcomes: list[Outcome], work: Path) -> str:
-    """A table of all parts, the last lines of those that failed, and the benchmarks."""
+    """All parts, the tables of the benchmarks, the last lines of what failed, and the CSV."""
     line = "{:<24}  {:<20}  {:>7}  {}".format
     rows = [
         line(o.part.name, o.result, f"{o.seconds:.0f}", "".join(o.lines[-1:])) for o in outcomes
     ]
+    files = list(work.glob("*.csv"))
     sections = ["\n".join([line("part", "result", "seconds", "its last line"), *rows])]
+    sections += map(tables, files)
     for part, result, _, lines in outcomes:
         if part.shown or result not in ("passed", "left out"):
             chosen = lines if part.shown else lines[-TAIL:]
-            sections.append("\n".join([f"---- {part.name}: {result}", *chosen]))
-    for csv in work.glob("*.csv"):
-        sections += [tables(csv), f"---- {csv.name}\n{csv.read_text()}"]
+            sections.append("\n".join([f"{RULE}{part.name}: {result}", *chosen]))
+    sections += [f"{RULE}{csv.name}\n{csv.read_text()}" for csv in files]
     return "\n\n".join(sections).encode()[: MOST - 1].decode(errors="ignore") + "\n"
 
 
@@ -280,6 +315,8 @@ def pack(work: Path, path: Path) -> None:
 def main() -> None:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="these alone")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"({SECONDS:.0f})")
     parser.add_argument("--results", type=Path, help="where gpu.txt and gpu-log.tar.gz go")
     parser.add_argument("--dry", action="store_true", help="rehearse it without a GPU")
     options = parser.parse_args()
@@ -288,8 +325,9 @@ def main() -> None:
     work = ROOT / "build" / ("gpu-dry" if options.dry else "gpu")
     results, logs = (options.results or work).resolve(), work / "logs"
     os.chdir(ROOT)
-    shutil.rmtree(work, ignore_errors=True)
-    logs.mkdir(parents=True)
+    if STEPS[0] in options.steps:
+        shutil.rmtree(work, ignore_errors=True)
+    logs.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
     # CUDA is often installed without being on the PATH. What one part compiles, all others use.
     os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
@@ -298,15 +336,15 @@ def main() -> None:
     # In the background of a shell it is ignored, and the parts would ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     outcomes: list[Outcome] = []
-    deadline = start + DEADLINE * (PATIENCE if options.dry else 1)
+    deadline = start + options.seconds * (PATIENCE if options.dry else 1)
     try:
-        for outcome in run_all(stages(work, options.dry), logs, deadline):
+        for outcome in run_all(plan(work, options.dry), logs, deadline, options.steps):
             outcomes.append(outcome)
             write(outcomes, work, results)
             print(f"{outcome.seconds:5.0f} s  {outcome.part.name}: {outcome.result}", flush=True)
     finally:  # where it is ended from outside, too
         write(outcomes, work, results)
-    print(f"\n{(results / 'gpu.txt').read_text().partition('---- ')[0]}wrote {results}")
+    print(f"\n{(results / 'gpu.txt').read_text().partition(RULE)[0]}wrote {results}")
     sys.exit(any(outcome.failed for outcome in outcomes))
 
 

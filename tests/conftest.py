@@ -1,7 +1,6 @@
 """What the tests share: the backends, inputs in every layout, and how two results may differ."""
 
-import os
-
+import emulation
 import numpy as np
 import pytest
 import torch
@@ -12,11 +11,7 @@ import sg_kernels
 from sg_kernels import backends, checks, ops, rng
 from sg_kernels.call import NORM, NORMALIZE, Call
 
-# csrc/cuda emulated on the CPU (tests/emulation), before the tests ask which backends there are.
-if emulation := os.environ.get("SG_KERNELS_EMULATION"):
-    torch.ops.load_library(emulation)
-    backends.DEVICES["cuda"] = ("cuda", "cpu")
-    backends._UNLOADED["cuda"] = None
+emulation.load_if_asked()  # before the tests ask which backends there are
 
 
 def pytest_addoption(parser):

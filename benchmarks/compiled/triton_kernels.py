@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.compiled.cuobjdump import count_instructions, dump
 from benchmarks.compiled.requests import Request, worst_request
+from benchmarks.speed.cases import COPY_BANDWIDTH
 from sg_kernels.backends.triton import operators
 from sg_kernels.backends.triton.launch import options_of, source
 from sg_kernels.call import DTYPES, NORM, NORMALIZE, Call
@@ -38,8 +39,6 @@ TARGETS = {
 }
 MULTIPROCESSORS = 132
 """Of an H100, for which the launches are planned."""
-COPY_BANDWIDTH = 4.3e12
-"""Bytes read and written per second by a large copy on an H200."""
 WIDE = 16
 """Bytes of the widest access."""
 
@@ -311,7 +310,7 @@ def main() -> None:
         launch = LAUNCHES[position]
         request = compiled.request if compiled.request.bytes else (None, None, None)
         rows.append((launch.name, target, *compiled[:-1], *request, launch.bytes / 1e6))
-        rows[-1] += (launch.bytes / COPY_BANDWIDTH * 1e6,)
+        rows[-1] += (launch.bytes / COPY_BANDWIDTH["H200"] * 1e6,)
         failures += [f"{launch.name}, {target}: {fault}" for fault in faults(launch, compiled)]
     print(f"Triton {triton.__version__}; load and store: bytes of the widest; wide: 16 bytes")
     print("request: the bytes that a warp touches at once, where most scattered")

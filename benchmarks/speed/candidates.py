@@ -34,8 +34,10 @@ class Candidate(NamedTuple):
 
 
 COPY, COMPILED = "copy_ of the same bytes", "compiled reference"
-STANDARDIZING, IN_TURN = "standardising alone", "triton, launches in turn"
+STANDARDIZING, FIRST = "standardising alone", "standardising, then "
+IN_TURN = "triton, launches in turn"
 TARGETS, MAP_GIVEN, SALIENCY = ", targets", ", out=, map given", " channel_saliency"
+GRAFT = " graft"
 
 
 def own_backends(device: str) -> list[str]:
@@ -64,24 +66,52 @@ def ours(backend: str) -> list[Candidate]:
     ]
 
 
-def in_turn() -> Candidate:
+def in_turn(device: str) -> list[Candidate]:
     """Triton, whose second launch waits for the end of the first: SG_KERNELS_OVERLAP=0."""
 
     def build(case: Case, data: Data) -> Run:
-        from sg_kernels.backends.triton import operators
-
         graft = ours("triton")[0].build(case, data)
+        return replacing("overlaps", lambda device: False, graft)
 
-        def run() -> Any:
-            overlaps, operators.overlaps = operators.overlaps, lambda device: False
-            try:
-                return graft()
-            finally:
-                operators.overlaps = overlaps
+    if "triton" not in own_backends(device):
+        return []
+    return [Candidate(IN_TURN, build, whole=True, against=("",))]
 
-        return run
 
-    return Candidate(IN_TURN, build, whole=True, against=("",))
+def replacing(name: str, other: Any, run: Run) -> Run:
+    """Calls with a name of the Triton operators bound to another object."""
+    from sg_kernels.backends.triton import operators
+
+    def replaced() -> Any:
+        own = getattr(operators, name)
+        setattr(operators, name, other)
+        try:
+            return run()
+        finally:
+            setattr(operators, name, own)
+
+    return replaced
+
+
+def tiles(device: str) -> list[Candidate]:
+    """Triton's graft of a given mask: on flat tiles, which are its own, and on three axes."""
+
+    def flat(case: Case, data: Data) -> Run:
+        mask = torch.rand(case.images[0], *case.map_size, device=device) < 0.5
+        index, out = torch.randperm(case.images[0], device=device), empty_rows(case, data)
+        return partial(sg_kernels.graft, data.images, mask, index, out=out, backend="triton")
+
+    def three_axes(case: Case, data: Data) -> Run:
+        from benchmarks.speed.tiles import graft_kernel
+
+        return replacing("graft_kernel", graft_kernel, flat(case, data))
+
+    if "triton" not in own_backends(device):
+        return []
+    return [
+        Candidate("triton" + GRAFT, flat),
+        Candidate("triton graft, tiles of three axes", three_axes, against=(GRAFT,)),
+    ]
 
 
 def stages(backend: str) -> list[Candidate]:
@@ -205,6 +235,20 @@ def standardizing() -> Candidate:
     return Candidate(STANDARDIZING, build, against=("",))
 
 
+def standardizing_first(backend: str) -> Candidate:
+    """Standardising in one kernel of PyTorch, then grafting what comes out."""
+
+    def build(case: Case, data: Data) -> Run:
+        dtype = case.standardized or case.dtype
+        mean, std = (torch.tensor(each, device=data.images.device) for each in (MEAN, STD))
+        shift, scale = (each.to(dtype).view(-1, 1, 1) for each in (-mean / std, 1 / std))
+        options = {**case.options, "standardize": None, "dtype": None}
+        graft = partial(sg_kernels.saliency_graft, seed=data.seed, backend=backend, **options)
+        return lambda: graft(torch.addcmul(shift, data.images, scale), data.features)
+
+    return Candidate(FIRST + backend, build, against=("",))
+
+
 def two_launches() -> Candidate:
     """Two kernels with next to nothing to do: what launching costs the device."""
 
@@ -280,5 +324,5 @@ def everything(device: str) -> list[Candidate]:
     """All but what is compiled."""
     own = [each for name in own_backends(device) for each in (*ours(name), *stages(name))]
     launches = [two_launches()] if device == "cuda" else []
-    turns = [in_turn()] if "triton" in own_backends(device) else []
-    return [*own, *turns, EAGER, *copies(), *launches, *peers()]
+    variants = [*in_turn(device), *tiles(device)]
+    return [*own, *variants, EAGER, *copies(), *launches, *peers()]

@@ -1,7 +1,9 @@
 """Our backends beside the reference, torch.compile, copies and other mixups, in one run.
 
-    python -m benchmarks.speed.compare            everything, into benchmarks/results/
-    python -m benchmarks.speed.compare --quick    does it run? Tiny shapes, meaningless figures
+    python -m benchmarks.speed.compare                   all, into benchmarks/results/
+    python -m benchmarks.speed.compare --part deciding   first times and ratios, sizes, backends,
+    python -m benchmarks.speed.compare --part rest       then the rest, added to the same CSV
+    python -m benchmarks.speed.compare --quick           does it run? Tiny shapes
 
 Writes <machine>.csv, one figure a row, and plots; on CUDA where there is a device, else on the CPU.
 The CSV is rewritten after every section, and the slowest section, compiling the reference, comes
@@ -37,6 +39,7 @@ from benchmarks.speed.candidates import (
     ours,
     own_backends,
     standardizing,
+    standardizing_first,
     two_launches,
 )
 from benchmarks.speed.cases import Case, floor_bytes, make_data
@@ -60,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=101, help="measured rounds (101)")
     parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--part", choices=PARTS, help="a part alone; the rest keeps the CSV's rows")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--results", type=Path, help="where to write")
     options = parser.parse_args()
@@ -67,18 +71,24 @@ def main() -> None:
     directory = options.results or (quick_results if options.quick else results.RESULTS)
     if options.threads or options.quick:
         torch.set_num_threads(options.threads or 1)
+    if options.quick:
+        from tests import emulation  # of a GPU: its backend, too
+
+        emulation.load_if_asked()
     torch.manual_seed(0)
     np.random.seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = directory / f"{results.file_name(device)}.csv"
     load = round(os.getloadavg()[0], 2)
     run, rows = results.describe_run(device), [Row("machine", "", "all", LOAD, load)]
+    kept = results.read(path) if options.part == "rest" and path.exists() else None
     print(f"{LOAD}: {load} (near 0, or the times are too long)")
     clock = DeviceClock() if device == "cuda" else None
     rounds = 2 if options.quick else options.rounds
-    for more in measure_all(device, clock, options.quick, rounds):
-        rows += more
-        results.write(path, run, rows)
+    for name in [options.part] if options.part else PARTS:
+        for more in PARTS[name](device, clock, options.quick, rounds):
+            rows += more
+            results.write(path, run, rows, kept)
     try:
         from benchmarks.speed import plots
 
@@ -88,29 +98,33 @@ def main() -> None:
     print(f"{tables(results.read(path))}\n\nwrote {path} and its plots")
 
 
-def measure_all(
+def deciding(
     device: str, clock: DeviceClock | None, quick: bool, rounds: int
 ) -> Iterator[list[Row]]:
-    """Every figure. A section that fails becomes a row that says so, and the others go on."""
-    headlines = cases.headline(device, quick)
+    """How long calls take, and which backend, tile and kind of launch is the fastest where."""
+    backends = own_backends(device)
     # Before anything is profiled, which can slow down every later launch.
-    backends = (*own_backends(device), "reference")
-    few = min(rounds, max(5, rounds // 4))
-    yield from guarded("tiny", host_times(backends, device, rounds))
-    for case in headlines:
+    yield from guarded("tiny", host_times((*backends, "reference"), device, rounds))
+    for case in cases.headline(device, quick):
         yield from guarded(case.name, headline(case, everything(device), device, clock, rounds))
-    if clock is None:
-        yield from guarded("peak memory", peak_memory(quick))
-    own = [ours(backend) for backend in own_backends(device)]
-    ahead = [each[0] for each in own]
+    plain = [ours(backend)[0] for backend in backends]
     case = cases.standardized(device, quick)
-    yield from guarded(case.name, grow([case], [*ahead, standardizing()], device, clock, rounds))
+    also = [standardizing(), *map(standardizing_first, backends)]
+    yield from guarded(case.name, grow([case], [*plain, *also], device, clock, rounds))
     case = cases.several(device, quick)
-    yield from guarded(case.name, grow([case], ahead, device, clock, rounds))
-    turns = [in_turn()] if "triton" in own_backends(device) else []
-    growing = [EAGER, copies()[0], *(c for each in own for c in each[:2]), *turns]
+    yield from guarded(case.name, grow([case], plain, device, clock, rounds))
+    given = [each for backend in backends for each in ours(backend)[:2]]
+    growing = [EAGER, copies()[0], *given, *in_turn(device)]
+    few = min(rounds, max(5, rounds // 4))
     for axis, points in cases.growth(quick).items():
         yield from guarded(axis, grow(points, growing, device, clock, few))
+
+
+def rest(device: str, clock: DeviceClock | None, quick: bool, rounds: int) -> Iterator[list[Row]]:
+    """What a step and a call cost otherwise, and the compiled reference."""
+    headlines = cases.headline(device, quick)
+    if clock is None:
+        yield from guarded("peak memory", peak_memory(quick))
     steps = 3 if quick else max(15, rounds // 8)
     yield from guarded("training step", measure_steps(device, quick, steps), grad=True)
     for case in headlines:
@@ -122,6 +136,10 @@ def measure_all(
         rows = ([row for row in more if row.candidate.startswith(COMPILED)] for more in again)
         yield from guarded(case.name, rows)
         yield from guarded(case.name, count(case, slow, device, clock))
+
+
+PARTS = {"deciding": deciding, "rest": rest}
+"""Of a run, in this order. Each yields rows; a section that fails becomes a row that says so."""
 
 
 def guarded(section: str, measured: Iterable[list[Row]], grad: bool = False) -> Iterator[list[Row]]:

@@ -26,7 +26,7 @@ AXES = {
     "grid": "cells along a side; 128 images, 64x8x8 features",
     "augmentations": "augmentations of 128 images, 640x8x8 features",
 }
-PARTS = "channel_saliency|map given|sum of|of the images|two launches"
+PARTS = "channel_saliency|map given|sum of|of the images|two launches|triton graft"
 """Candidates that are a part of the work, not a way of mixing."""
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.speed.readme            rewrites them from benchmarks/results/
     python -m benchmarks.speed.readme --check    fails where that would change them
 
-A table stands between two lines: <!-- benchmarks --> and <!-- /benchmarks -->, or <!-- targets -->
-and <!-- /targets -->. The prose holds no figures.
+A table stands between two lines, <!-- name --> and <!-- /name -->; the names are those of TABLES.
+The prose holds no figures.
 """
 
 import argparse
@@ -14,7 +14,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from benchmarks.speed import model
+from benchmarks.speed.candidates import FIRST
 from benchmarks.speed.candidates import TARGETS as WITH_TARGETS
+from benchmarks.speed.cases import COPY_BANDWIDTH
 from benchmarks.speed.compare import (
     DEVICE_TIME,
     N_CALLS,
@@ -28,6 +31,7 @@ from benchmarks.speed.host import HOST_TIME, RECORDED
 from benchmarks.speed.measure import DEVICE_COUNTERS
 from benchmarks.speed.memory import LATER_PEAK, PEAK
 from benchmarks.speed.results import RESULTS, ROOT, Row, find, read
+from benchmarks.speed.step import HALF, OVER_CUTMIX
 
 FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BACKENDS = ("triton", "cuda", "cpp")
@@ -50,11 +54,14 @@ class Target(NamedTuple):
 CPU, X4, HOST = ("cpu", "cifar", "imagenet"), ("cpu", "augmentations=4"), ("host", "tiny")
 GPU, GPU_X4 = ("gpu", "imagenet"), ("gpu", "augmentations=4", "imagenet, four augmentations")
 STANDARDIZED, TINY = ("gpu", "imagenet, standardised"), ("gpu", "tiny")
+STEPS, CPU_STEPS = ("gpu", "ResNet-50"), ("cpu", "ResNet-18")
 COPYING = "`cpp` with `out=` over copying the same bytes"
 FOUR_CALLS = "one call with four augmentations over four calls"
 BANDWIDTH = "GPU: `triton` over its bytes at the bandwidth of a copy"
 REPLAYED = "GPU: `triton`, replayed, over its bytes or two launches"
 FUSED = "GPU: `triton` that standardises over standardising alone"
+APART = "GPU: standardising in one pass, then `triton`, over `triton` that standardises"
+RECIPE = "a step of the recipe half at half the resolution over one with timm's CutMix"
 MOST = 1024 + 8 * 64 * 7 * 7 / 1024  # KiB: 1 MiB and 8 bytes per cell
 MOST_OF_GPU = (1 << 20) + 8 * 256 * 7 * 7
 RECORDING = f"triton function{RECORDED}"
@@ -67,6 +74,7 @@ TARGETS = [
     Target("compiled reference over `cpp`", "at least", 3, CPU, COMPILED, "time / cpp"),
     Target(f"`cpp`, {FOUR_CALLS}", "at most", 0.7, X4, "cpp", N_CALLS),
     Target(f"`cpp`, {PEAK}", "at most", MOST, ("cpu", "imagenet"), "cpp", LATER_PEAK, "KiB"),
+    Target(f"`cpp`, {RECIPE}", "at most", 1.06, CPU_STEPS, HALF.format("cpp"), OVER_CUTMIX),
     Target(RECORDING_WORDS, "at most", 15, HOST, RECORDING, HOST_TIME, "us"),
     Target(BANDWIDTH, "at most", 1.1, GPU, "triton", OVER_FLOOR),
     Target(REPLAYED, "at most", 1.5, ("gpu", "cifar"), "triton", OVER_LARGER_FLOOR),
@@ -79,6 +87,8 @@ TARGETS = [
     ),
     Target(f"GPU: `triton`, {FOUR_CALLS}", "at most", 0.65, GPU_X4, "triton", N_CALLS),
     Target(FUSED, "at most", 0.7, STANDARDIZED, "triton", OVER_STANDARDIZING),
+    Target(APART, "at least", 1, STANDARDIZED, FIRST + "triton", "time / triton"),
+    Target(f"GPU: {RECIPE}", "at most", 1.06, STEPS, HALF.format("triton"), OVER_CUTMIX),
     Target(f"GPU: `triton`, {LAUNCHES}", "at most", 2, GPU, "triton", LAUNCHES, ""),
     Target(f"GPU: `triton`, {SYNCS}", "at most", 0, GPU, "triton", SYNCS, ""),
     Target(
@@ -108,7 +118,7 @@ def main() -> None:
 
 def rewritten(text: str, directory: Path) -> str:
     """The text with new tables between its markers."""
-    for name, table in (("benchmarks", benchmarks), ("targets", targets)):
+    for name, table in TABLES.items():
         if f"<!-- {name} -->" in text:
             text = between_markers(text, name, table(directory))
     return text
@@ -166,7 +176,8 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def targets(directory: Path) -> str:
-    """Each target, what was measured, and whether that meets it."""
+    """Each target: what was measured, what the model predicts, and whether the former meets it."""
+    predicted = {gpu: model.predictions(bandwidth) for gpu, bandwidth in COPY_BANDWIDTH.items()}
     lines = []
     for words, sense, bound, (file, *cases), candidate, figure, unit in TARGETS:
         path = directory / f"{file}.csv"
@@ -176,15 +187,35 @@ def targets(directory: Path) -> str:
         met = all(
             value <= bound if sense == "at most" else value >= bound for value in values.values()
         )
-        verdict = ("yes" if met else "no") if len(values) == len(cases) else "not measured"
-        measured = ", ".join(f"{case}: {shown(values[case], unit, 3)}" for case in values)
-        lines.append((words, f"{sense} {quantity(f'{bound:.7g}', unit)}", measured, verdict))
-    return markdown(pd.DataFrame(lines, columns=["target", "bound", "measured", "met"]))
+        line = {"target": words, "bound": f"{sense} {quantity(f'{bound:.7g}', unit)}"}
+        line["measured"] = ", ".join(f"{case}: {shown(values[case], unit, 3)}" for case in values)
+        for gpu, figures in predicted.items():
+            line[f"predicted, {gpu}"] = ", ".join(
+                f"{case}: {range_of(figures[case, candidate, figure], unit)}"
+                for case in cases
+                if file == "gpu" and (case, candidate, figure) in figures
+            )
+        line["met"] = ("yes" if met else "no") if len(values) == len(cases) else "not measured"
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
+
+
+def range_of(found: model.Range, unit: str) -> str:
+    return " to ".join(dict.fromkeys(shown(value, unit, 3) for value in found))
+
+
+def predictions(directory: Path) -> str:
+    """What the predictions of the targets follow from."""
+    return f"{model.assumptions()}\n\n{markdown(model.table())}"
+
+
+TABLES = {"benchmarks": benchmarks, "targets": targets, "model": predictions}
 
 
 def shown(value: float, unit: str, ratio_digits: int = 2) -> str:
     digits = ratio_digits if unit == "x" else 3
-    whole = unit == "KiB" or abs(value) >= 10**digits  # memory comes in pages of 4 KiB
+    # Counts are whole, and memory comes in pages of 4 KiB.
+    whole = unit in ("", "KiB") or abs(value) >= 10**digits
     return quantity(f"{value:.0f}" if whole else f"{value:#.{digits}g}".rstrip("."), unit)
 
 

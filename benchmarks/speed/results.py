@@ -52,8 +52,13 @@ def absent(where: Where, figure: str, why: str) -> Row:
     return Row(*where, figure, None, note=why)
 
 
-def write(path: Path, run: dict[str, str], rows: Iterable[Row]) -> None:
+def write(
+    path: Path, run: dict[str, str], rows: Iterable[Row], kept: pd.DataFrame | None = None
+) -> None:
+    """The rows of a run, and those ``kept`` of another whose figures it has not."""
     frame = pd.DataFrame([{**run, **row._asdict()} for row in rows]).astype({"rounds": "Int64"})
+    if kept is not None:
+        frame = pd.concat([kept, frame]).drop_duplicates(list(Row._fields[:4]), keep="last")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
     frame.to_csv(unfinished, index=False, float_format="%.12g")

@@ -1,9 +1,13 @@
 """One training step of a ResNet: plain, with CutMix and with Saliency Grafting.
 
+The recipe half makes its clean pass, at half the resolution, before every other step. A step of it
+counts as the mean of one that does and a plain one.
+
 On CUDA under torch.autocast to bfloat16: weights and images stay float32.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from time import perf_counter_ns
 from typing import Any
@@ -23,7 +27,9 @@ from benchmarks.speed.results import Row, Where, absent, row_of
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 CUTMIX = "CutMix (timm, batch)"
-STEP = "training step"
+STEP, OVER_CUTMIX = "training step", "step / CutMix's"
+HALF = "the recipe half, at half the resolution ({})"
+"""With the backend's name."""
 
 
 def setting(device: str, quick: bool) -> tuple[str, str, nn.Module, Tensor, Tensor]:
@@ -64,8 +70,12 @@ def clean_pass(model: nn.Module, images: Tensor) -> None:
     model(images)
 
 
-def measure_steps(device: str, quick: bool, rounds: int) -> Iterator[list[Row]]:
-    case, shape, model, images, labels = setting(device, quick)
+def autocast(device: str) -> torch.autocast:
+    """To be entered anew for each pass: it would keep the weights that the clean pass casts."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def all_mixes(device: str, model: nn.Module) -> dict[str, Mix | None]:
     options = {"num_classes": model.num_classes, "label_smoothing": 0.0}
     timm = import_library("timm.data").Mixup(0.0, 1.0, **options)
     mixes: dict[str, Mix | None] = {"plain": None, CUTMIX: lambda x, y: timm(x.clone(), y)}
@@ -74,24 +84,36 @@ def measure_steps(device: str, quick: bool, rounds: int) -> Iterator[list[Row]]:
         tap = {"layer": model.layer4, "mixed_pass": False}
         graft = sg_kernels.SaliencyGraft(**tap, **options, backend=backend).to(device)
         mixes[f"Saliency Grafting ({backend})"] = graft
+        tap = {"layer": model.layer3, "network": model, "pass_scale": 0.5}
+        graft = sg_kernels.SaliencyGraft(**tap, **options, backend=backend).to(device)
+        mixes[HALF.format(backend)] = partial(with_pass, graft)
+    return mixes
+
+
+def with_pass(graft: sg_kernels.SaliencyGraft, images: Tensor, labels: Tensor) -> Any:
+    """Grafts after a clean pass of its own."""
+    graft.reset()  # the steps of the others are not taken for it
+    with autocast(images.device.type):
+        return graft(images, labels)
+
+
+def measure_steps(device: str, quick: bool, rounds: int) -> Iterator[list[Row]]:
+    case, shape, model, images, labels = setting(device, quick)
+    mixes = all_mixes(device, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     ballast = torch.ones(1 << 28 if device == "cuda" else 1, device=device)
-
-    # Entered anew for each pass: it would keep the weights that the clean pass casts without grad.
-    def autocast() -> torch.autocast:
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
     def step(mix: Mix | None) -> list[float]:
         for _ in range(4):  # keeps a GPU busy while the host gets ahead
             ballast.neg_()
         marks = [mark(device)]
         if isinstance(mix, sg_kernels.SaliencyGraft):
-            with autocast():
+            with autocast(device):
                 clean_pass(model, images)
         marks.append(mark(device))
         mixed, targets = (images, labels) if mix is None else mix(images, labels)
         marks.append(mark(device))
-        with autocast():
+        with autocast(device):
             loss = F.cross_entropy(model(mixed), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -110,8 +132,13 @@ def measure_steps(device: str, quick: bool, rounds: int) -> Iterator[list[Row]]:
     for i in tqdm(range(rounds), desc=STEP, leave=False):
         for name in orders.permutation(list(mixes)).tolist():
             times[name][i] = step(mixes[name])
-    plain = pd.Series(times["plain"].sum(1))
-    yield [row for name in mixes for row in rows_of((case, shape, name), times[name], plain)]
+    whole = {name: pd.Series(laps.sum(1)) for name, laps in times.items()}
+    for name, laps in times.items():
+        if name.startswith(HALF.partition("(")[0]):
+            half = (whole[name] + whole["plain"]) / 2
+            yield [row_of((case, shape, name), OVER_CUTMIX, half / whole[CUTMIX], "x")]
+        else:
+            yield rows_of((case, shape, name), laps, whole["plain"])
 
 
 def rows_of(where: Where, times: np.ndarray, plain: pd.Series) -> list[Row]:
