@@ -80,8 +80,8 @@ class Step(NamedTuple):
     """Parts that run at the same time."""
 
     name: str
-    limit: float
-    """In seconds."""
+    seconds: float
+    """To which those add that earlier steps have left of theirs."""
     parts: list[Part]
 
 
@@ -98,7 +98,7 @@ class Outcome(NamedTuple):
 
 
 def plan(work: Path, dry: bool) -> list[Step]:
-    """One after the other: the steps named above. Only ``rest`` has whatever time is left."""
+    """The steps, one after the other."""
     device, patience = ("cpu", PATIENCE) if dry else ("cuda", 1)
     major, minor = (9, 0) if dry else torch.cuda.get_device_capability()
     building = {"SG_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
@@ -121,11 +121,11 @@ def plan(work: Path, dry: bool) -> list[Step]:
     steps = [
         Step("build", 100, built),
         Step("tests", 110, tested),
-        Step("decide", 130, [compared("deciding", work, dry)]),
-        Step("suites", 110, more),
+        Step("decide", 120, [compared("deciding", work, dry)]),
+        Step("suites", 120, more),
         Step("rest", SECONDS, [compared("rest", work, dry)]),
     ]
-    return [step._replace(limit=step.limit * patience) for step in steps]
+    return [step._replace(seconds=step.seconds * patience) for step in steps]
 
 
 def rehearsal(dry: bool) -> dict[str, str]:
@@ -134,7 +134,7 @@ def rehearsal(dry: bool) -> dict[str, str]:
 
 
 def compared(part: str, work: Path, dry: bool) -> Part:
-    """The benchmarks, or what of them the machine's other work would disturb: all."""
+    """A part of the benchmarks, beside which nothing else may run."""
     command = [PYTHON, "-m", "benchmarks.speed.compare", "--part", part, "--results", str(work)]
     rounds = ["--quick"] if dry else ["--rounds", "31"]
     environment = {**rehearsal(dry), "TQDM_DISABLE": "1"}
@@ -160,11 +160,11 @@ def suites(dry: bool) -> tuple[list[Part], list[Part]]:
     environment |= {"NCCL_SOCKET_IFNAME": "lo", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     environment |= rehearsal(dry)
 
-    def sharded(name: str, count: int, *arguments: str, needs: str | None = None) -> list[Part]:
+    def shards(name: str, count: int, *arguments: str, needs: str | None = None) -> list[Part]:
         command = [*pytest, *arguments, *quick, "--shard"]
         return [
             Part(f"{name} {i + 1} of {count}", [*command, f"{i}/{count}"], environment, needs)
-            for i in range(1 if dry else count)  # interpreting all of them takes too long
+            for i in range(count)
         ]
 
     def sanitized(tool: str) -> Part:
@@ -173,12 +173,12 @@ def suites(dry: bool) -> tuple[list[Part], list[Part]]:
         uncached = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Part(f"sanitizer, {tool}", small, uncached, needs="sanitizer probe")
 
-    several = few or ["--cases", "8"]
-    return sharded("gpu tests", 2 if dry else 8, "tests/test_gpu.py", *few), [
-        *sharded("suite, triton", 8, *NOT_OF_A_BACKEND, "-k", "triton", *several),
-        *sharded("suite, cuda", 4, *NOT_OF_A_BACKEND, "-k", "cuda", *few, needs="build"),
-        *map(sanitized, TOOLS[: 1 if dry else None]),
-    ]
+    first = shards("gpu tests", 2 if dry else 8, "tests/test_gpu.py", *few)
+    several, one = few or ["--cases", "8"], 1 if dry else None
+    triton = shards("suite, triton", 8, *NOT_OF_A_BACKEND, "-k", "triton", *several)
+    cuda = shards("suite, cuda", 4, *NOT_OF_A_BACKEND, "-k", "cuda", *few, needs="build")
+    # Interpreting all takes too long; `make test` does.
+    return first, [*triton[:one], *cuda[:one], *map(sanitized, TOOLS[:one])]
 
 
 class Running(NamedTuple):
@@ -218,10 +218,9 @@ class Running(NamedTuple):
         return Outcome(self.part, result or "passed", seconds, printed)
 
 
-def run(step: Step, logs: Path, deadline: float) -> Iterator[Outcome]:
-    """Yields how each part ended, as they end. None outlives this call."""
-    waiting, running = list(step.parts), list[Running]()
-    end, interrupted = min(time.monotonic() + step.limit, deadline), False
+def run(parts: list[Part], logs: Path, end: float) -> Iterator[Outcome]:
+    """Yields how each part ended, as they end, at the latest soon after the time ``end``."""
+    waiting, running, interrupted = list(parts), list[Running](), False
     try:
         while waiting or running:
             if not interrupted and time.monotonic() > end:
@@ -254,6 +253,7 @@ def run_all(
 ) -> Iterator[Outcome]:
     """The steps ``chosen``, without the parts that need what failed."""
     passed: set[str | None] = {None}
+    end = time.monotonic()
     for step in planned:
         if step.name not in chosen:  # done by an earlier call
             passed |= {part.name for part in step.parts}
@@ -263,7 +263,8 @@ def run_all(
             if part not in wanted:
                 yield Outcome(part, "left out", 0.0, [f"{part.needs} did not pass"])
         print(f"{step.name}: " + "; ".join(part.name for part in wanted), flush=True)
-        for outcome in run(step._replace(parts=wanted), logs, deadline):
+        end += step.seconds
+        for outcome in run(wanted, logs, min(end, deadline)):
             passed |= {outcome.part.name} if outcome.result == "passed" else set()
             yield outcome
 

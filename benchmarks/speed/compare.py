@@ -267,8 +267,8 @@ def headline(
 
 
 def tables(rows: pd.DataFrame) -> str:
-    """What a terminal shows: the fastest backend of each case, the ratios, and what is absent."""
-    return f"{fastest(rows)}\n\n{results.summary(rows)}"
+    """What a terminal shows: the ratios, what is absent, and the fastest backend of each case."""
+    return f"{results.summary(rows)}\n\n{fastest(rows)}"
 
 
 def fastest(rows: pd.DataFrame) -> str:

@@ -123,7 +123,9 @@ def table() -> pd.DataFrame:
 
 
 def assumptions() -> str:
-    copies = ", ".join(f"{gpu} {bandwidth / 1e12:.1f} TB/s" for gpu, bandwidth in COPY_BANDWIDTH.items())
+    copies = ", ".join(
+        f"{gpu} {bandwidth / 1e12:.1f} TB/s" for gpu, bandwidth in COPY_BANDWIDTH.items()
+    )
     return (
         f"Assumed: bandwidth of a copy {copies}; {1e6 * BOUNDARY:.1f} us from one kernel to the "
         f"next, of which launch 2 hides {1e6 * OVERLAP:.1f} us; {CYCLES} cycles at "

@@ -1,9 +1,13 @@
 """The clocks and counters of the benchmarks measure what they say."""
 
 import contextlib
+import os
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,6 +64,38 @@ def test_images_that_come_out_standardised_are_written_in_their_new_dtype():
     # A pixel of the graft is that of one of the images, but for the order of the roundings.
     distance = (grafted[:, None] - alone).abs().amax(2)
     assert (distance.amin(1) < 1e-4).all()
+    data = data._replace(seed=torch.tensor([3]))
+    at_once = candidates.ours("cpp")[0].build(case, data)()
+    first = candidates.standardizing_first("cpp").build(case, data)()
+    torch.testing.assert_close(first.images, at_once.images)
+
+
+def test_the_other_tiles_give_the_same_graft():
+    """In a process of its own, in which Triton interprets its kernels."""
+    code = """
+import torch
+from benchmarks.speed import candidates, cases, tiles
+from sg_kernels.backends.triton import operators
+cifar, imagenet = cases.headline("cpu", quick=True)
+seen, own = [], operators.launch
+operators.launch = lambda function, *rest: (seen.append(function), own(function, *rest))
+for case in (cifar, imagenet, imagenet._replace(images=(4, 3, 20, 16), channels_last=True)):
+    data = cases.make_data(case, "cpu")
+    grafts = []
+    for candidate in candidates.tiles("cpu"):
+        torch.manual_seed(1)
+        grafts.append(candidate.build(case, data)().clone())
+    assert torch.equal(*grafts)
+    assert not torch.equal(grafts[0], data.images)
+    assert seen[-1] is tiles.graft_kernel is not seen[-2], seen
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_launches_in_turn_do_not_overlap_and_others_do_again(monkeypatch):
@@ -68,7 +104,8 @@ def test_launches_in_turn_do_not_overlap_and_others_do_again(monkeypatch):
     fake = Candidate("triton", lambda case, data: lambda: seen.append(operators.overlaps(0)))
     monkeypatch.setattr(candidates, "ours", lambda backend: [fake])
     monkeypatch.setattr(operators, "overlaps", lambda device: True)
-    run = candidates.in_turn().build(CASE, None)
+    monkeypatch.setattr(candidates, "own_backends", lambda device: ["triton"])
+    run = candidates.in_turn("cuda")[0].build(CASE, None)
     run()
     seen.append(operators.overlaps(0))
     assert seen == [False, True]
@@ -280,8 +317,9 @@ def test_a_whole_run_under_the_device_clock(fake_cuda, monkeypatch):
     monkeypatch.setattr(compare, "everything", lambda device: chosen)
     monkeypatch.setattr(compare, "measure_steps", lambda device, quick, rounds: [])
     monkeypatch.setattr(measure.DeviceClock, "sets", lambda self, size: 2)
-    sections = compare.measure_all("cpu", measure.DeviceClock("cpu"), quick=True, rounds=2)
-    rows = pd.DataFrame([row for section in sections for row in section])
+    clock = measure.DeviceClock("cpu")
+    parts = [part("cpu", clock, quick=True, rounds=2) for part in compare.PARTS.values()]
+    rows = pd.DataFrame([row for part in parts for section in part for row in section])
     assert not (rows.figure == "all").any()  # no section failed
     measured = rows[(rows.figure == "device time") & rows.value.notna()]
     names = {candidates.COMPILED, *(each.name for each in chosen)}
@@ -392,6 +430,8 @@ def test_a_step_is_divided_into_its_laps(monkeypatch):
         "mixing, share of the step": 30,
         "clean forward, share of the step": 20,
         "step / plain": 2,
+        # Of the recipe half: every other step takes 30 + 50, the others 50, as all of CutMix's do.
+        step.OVER_CUTMIX: 1.3,
     }
 
 

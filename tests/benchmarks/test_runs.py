@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -58,6 +59,8 @@ def test_a_run_measures_every_section(quick_run):
         assert (case, time) in measured
     assert ("tiny", "host time") in measured
     assert ("imagenet, standardised", compare.OVER_STANDARDIZING) in measured
+    first = valued[valued.candidate == "standardising, then cpp"]
+    assert (first.figure == "time / cpp").any()
     assert ("imagenet, four augmentations", compare.N_CALLS) in measured
     for candidate in ("cpp", "eager reference", "compiled reference"):
         assert results.find(rows, "imagenet", candidate, "operators per call") is not None
@@ -90,23 +93,51 @@ def test_a_run_draws_its_plots_and_a_stopped_one_can_be_drawn(quick_run, tmp_pat
     assert (tmp_path / "part.png").stat().st_size > 10_000
 
 
-def test_a_run_that_is_killed_keeps_its_rows_and_a_quick_one_touches_no_results(
-    tmp_path, monkeypatch
-):
-    def measured(*_):
-        yield [row()]
-        raise KeyboardInterrupt
+@pytest.fixture
+def quick_main(tmp_path, monkeypatch):
+    """compare.main on parts of which each yields the rows given for it, or raises."""
 
-    monkeypatch.setattr(compare, "measure_all", measured)
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "benchmarks" / "results")
-    monkeypatch.setattr(sys, "argv", ["compare", "--quick"])
-    threads = torch.get_num_threads()
+    def run(*arguments, **parts):
+        def part(device, clock, quick, rounds, measured):
+            for each in measured:
+                if isinstance(each, BaseException):
+                    raise each
+                yield [each]
+
+        parts = {name: partial(part, measured=measured) for name, measured in parts.items()}
+        monkeypatch.setattr(compare, "PARTS", parts)
+        monkeypatch.setattr(results, "RESULTS", tmp_path / "benchmarks" / "results")
+        monkeypatch.setattr(sys, "argv", ["compare", "--quick", *arguments])
+        threads = torch.get_num_threads()
+        try:
+            compare.main()
+        finally:
+            torch.set_num_threads(threads)
+            assert not results.RESULTS.exists()
+        return written_rows()
+
+    def written_rows():
+        return results.read(next((tmp_path / "build" / "quick").glob("*.csv")))
+
+    run.written_rows = written_rows
+    return run
+
+
+def test_a_run_that_is_killed_keeps_its_rows_and_a_quick_one_touches_no_results(quick_main):
     with pytest.raises(KeyboardInterrupt):
-        compare.main()
-    torch.set_num_threads(threads)
-    assert not results.RESULTS.exists()
-    rows = results.read(next((tmp_path / "build" / "quick").glob("*.csv")))
-    assert rows.candidate.tolist() == ["all", "eager reference"]
+        quick_main(deciding=[row(), KeyboardInterrupt()], rest=[])
+    assert quick_main.written_rows().candidate.tolist() == ["all", "eager reference"]
+
+
+def test_the_rest_of_a_run_adds_to_what_the_first_part_measured(quick_main):
+    first = [row(candidate="cpp"), row(candidate="triton")]
+    parts = {"deciding": first, "rest": [row(candidate="triton", value=2.0)]}
+    assert quick_main("--part", "deciding", **parts).value.tolist()[1:] == [1.0, 1.0]
+    rows = quick_main("--part", "rest", **parts).set_index("candidate").value
+    assert rows[["cpp", "triton"]].tolist() == [1.0, 2.0]  # what is measured anew is replaced
+    rows = quick_main("--part", "deciding", **parts)
+    assert rows.candidate.tolist() == ["all", "cpp", "triton"]
+    assert quick_main(**parts).candidate.tolist() == ["all", "cpp", "triton", "triton"]
 
 
 def test_a_csv_gives_back_its_rows(tmp_path):
@@ -163,7 +194,7 @@ def test_a_target_is_met_in_all_of_its_cases(tmp_path, monkeypatch, sense, bound
     target = readme.Target("fast", sense, bound, ("m", *cases), "cpp", "time", "ms")
     monkeypatch.setattr(readme, "TARGETS", [target])
     last = readme.targets(tmp_path).splitlines()[-1]
-    name, limit, measured, verdict = [cell.strip() for cell in last.split("|")[1:-1]]
+    name, limit, measured, *_, verdict = [cell.strip() for cell in last.split("|")[1:-1]]
     assert (name, limit, verdict) == ("fast", f"{sense} {bound} ms", met)
     assert measured == "a: 1.00 ms" + ", b: 3.00 ms" * ("b" in cases)
 
@@ -173,7 +204,7 @@ def test_a_target_of_a_machine_without_results_is_not_measured(tmp_path, monkeyp
     monkeypatch.setattr(readme, "TARGETS", [target])
     last = readme.targets(tmp_path).splitlines()[-1]
     cells = [cell.strip() for cell in last.split("|")[1:-1]]
-    assert cells == ["fast", "at most 1.1x", "", "not measured"]
+    assert cells == ["fast", "at most 1.1x", "", "", "", "not measured"]
 
 
 def test_the_targets_of_a_gpu_are_figures_of_a_run_on_one():
@@ -181,6 +212,7 @@ def test_the_targets_of_a_gpu_are_figures_of_a_run_on_one():
     device = {case.name for case in [*cases.headline("cuda", quick=False), cases.TINY]}
     device |= {case("cuda", False).name for case in (cases.several, cases.standardized)}
     device |= {case.name for axis in cases.growth(quick=False).values() for case in axis}
+    device |= {"ResNet-50"}
     for target in readme.TARGETS:
         if target.where[0] == "gpu":
             assert device >= {*target.where[1:]}, target.words
@@ -208,7 +240,7 @@ def test_the_fastest_backend_of_each_case_is_named():
 
 def test_the_tables_of_the_readme_and_the_docs_are_what_the_results_say():
     texts = [path.read_text() for path in readme.FILES]
-    for name in ("benchmarks", "targets"):
+    for name in readme.TABLES:
         assert sum(text.count(f"<!-- {name} -->\n") for text in texts) == 1
         assert sum(text.count(f"<!-- /{name} -->\n") for text in texts) == 1
     assert [readme.rewritten(text, results.RESULTS) for text in texts] == texts
@@ -296,7 +328,7 @@ def test_make_gpu_survives_what_fails_and_what_hangs(tmp_path):
     ]
     started = time.monotonic()
     with mock.patch.multiple(gpu, GRACE=0.5, AT_ONCE=6):
-        ended = {o.part.name: o for o in gpu.run(gpu.Stage(2, parts), tmp_path, started + 60)}
+        ended = {o.part.name: o for o in gpu.run(parts, tmp_path, started + 2)}
     assert ended["fine"].result == ended["asking"].result == "passed"
     assert ended["fine"].lines == ["first", "last"]
     assert ended["asking"].lines == ["answer"]
@@ -317,54 +349,78 @@ def test_make_gpu_ends_by_its_deadline_and_says_what_it_did_not_start(tmp_path):
     long = [sys.executable, "-c", "import time; time.sleep(60)"]
     parts = [gpu.Part(name, long) for name in "ab"]
     with mock.patch.object(gpu, "AT_ONCE", 1):
-        ended = {
-            o.part.name: o.result
-            for o in gpu.run(gpu.Stage(30, parts), tmp_path, time.monotonic() + 1)
-        }
+        ended = {o.part.name: o.result for o in gpu.run(parts, tmp_path, time.monotonic() + 1)}
     assert ended["a"].startswith("ended after ")
     assert ended["b"] == "not started in time"
 
 
-def test_make_gpu_leaves_out_what_needs_a_part_that_failed(tmp_path):
-    stages = [
-        gpu.Stage(30, [gpu.Part("probe", ["false"]), gpu.Part("build", ["true"])]),
-        gpu.Stage(
+def small_plan():
+    return [
+        gpu.Step("build", 30, [gpu.Part("probe", ["false"]), gpu.Part("library", ["true"])]),
+        gpu.Step(
+            "suites",
             30,
             [
                 gpu.Part("sanitizer", ["true"], needs="probe"),
-                gpu.Part("suite", ["true"], needs="build"),
+                gpu.Part("suite", ["true"], needs="library"),
             ],
         ),
     ]
-    ended = {o.part.name: o for o in gpu.run_all(stages, tmp_path, time.monotonic() + 60)}
-    results = {name: outcome.result for name, outcome in ended.items()}
-    assert results == {
+
+
+def results_of(tmp_path, *chosen):
+    ended = list(gpu.run_all(small_plan(), tmp_path, time.monotonic() + 60, chosen))
+    assert all(o.failed == (o.part.name == "probe") for o in ended)
+    return {o.part.name: o.result for o in ended}
+
+
+def test_make_gpu_leaves_out_what_needs_a_part_that_failed(tmp_path):
+    assert results_of(tmp_path, "build", "suites") == {
         "probe": "failed (1)",
-        "build": "passed",
+        "library": "passed",
         "sanitizer": "left out",
         "suite": "passed",
     }
-    assert [name for name, outcome in ended.items() if outcome.failed] == ["probe"]
 
 
-def test_make_gpu_leaves_the_benchmarks_half_of_nine_minutes(tmp_path, monkeypatch):
+def test_a_second_call_of_make_gpu_does_the_steps_that_are_left(tmp_path):
+    assert results_of(tmp_path, "suites") == {"sanitizer": "passed", "suite": "passed"}
+
+
+def test_a_step_of_make_gpu_has_the_time_that_earlier_ones_left(tmp_path):
+    waits = gpu.Part("waits", ["sleep", "1"])
+    steps = [gpu.Step("build", 5, []), gpu.Step("tests", 0.1, [waits])]
+    [ended] = gpu.run_all(steps, tmp_path, time.monotonic() + 60)
+    assert ended.result == "passed"
+    [ended] = gpu.run_all(steps, tmp_path, time.monotonic() + 0.1)
+    assert ended.result.startswith("ended after ")
+
+
+def test_make_gpu_decides_within_seven_minutes_and_ends_within_nine(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    real, rehearsed = (gpu.stages(tmp_path, dry) for dry in (False, True))
-    assert gpu.DEADLINE + gpu.GRACE < 530
-    assert gpu.DEADLINE - sum(stage.limit for stage in real[:-1]) >= 240
-    assert all(longer.limit > stage.limit for stage, longer in zip(real, rehearsed))
+    real, rehearsed = (gpu.plan(tmp_path, dry) for dry in (False, True))
+    assert gpu.SECONDS + gpu.GRACE < 530
+    assert tuple(step.name for step in real) == gpu.STEPS
+    assert sum(step.seconds for step in real[:3]) < 7 * 60
+    assert gpu.SECONDS - sum(step.seconds for step in real[:-1]) >= 60
+    assert all(longer.seconds > step.seconds for step, longer in zip(real, rehearsed))
     parts, dry = (
-        {part.name: part for stage in stages for part in stage.parts}
-        for stages in (real, rehearsed)
+        {part.name: part for step in steps for part in step.parts} for steps in (real, rehearsed)
     )
     kinds, of_dry = (
         {re.sub(r" \d of \d|, \w+check$", "", name) for name in names} for names in (parts, dry)
     )
     assert of_dry - kinds == {"emulation"}
     assert kinds <= of_dry
+    shards = [name for name in dry if name.startswith("gpu tests")]
+    assert shards == ["gpu tests 1 of 2", "gpu tests 2 of 2"]  # all that can be rehearsed
     assert parts["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert parts["build"].environment == dry["build"].environment
     assert parts["sanitizer, racecheck"].command[:3] == ["compute-sanitizer", "--tool", "racecheck"]
+    logs = len(parts) * gpu.MOST_OF_A_LOG
+    assert logs < 12 << 20, "with the CSV and the plots, 16 MiB"
+    alone = [step.parts for step in real if step.name in ("decide", "rest")]
+    assert all(len(parts) == 1 for parts in alone), "nothing runs beside what is timed"
 
 
 def test_every_test_that_make_gpu_leaves_out_exists():
