@@ -7,7 +7,7 @@ In this order, so that what is cut off matters least:
     build    the compiled backends, for this GPU alone
     tests    the tests of the GPU
     decide   times and ratios: Triton beside CUDA at every size, launches in turn, other tiles
-    suites   the whole suite on both backends, and compute-sanitizer
+    suites   the whole suite on both backends, the comparison with the reference, compute-sanitizer
     rest     training steps, counters, and the compiled reference
 
 A step, or a part of it, that fails or hangs does not keep the others from running. A second call
@@ -16,8 +16,8 @@ with ``--steps`` does what the first has left, on what that has built and measur
 DIR, build/gpu unless given, gets two files, rewritten after every part: gpu.txt says how each part
 ended and on which machine, and holds the tables and the CSV of the benchmarks; gpu-log.tar.gz holds
 all that was printed, the CSV and the plots. ``--dry`` rehearses the same steps without a GPU:
-Triton's kernels interpreted, CUDA's compiled and emulated, one shard of each suite, a few cases and
-tiny shapes, and more time.
+Triton's kernels interpreted, CUDA's compiled and emulated, two shards of each suite, a few cases
+and tiny shapes, and more time.
 """
 
 import argparse
@@ -107,22 +107,19 @@ def plan(work: Path, dry: bool) -> list[Step]:
     probe = [*under("memcheck", dry), PYTHON, "-c", PROBE.format(device)]
     package = [PYTHON, "-m", "sg_kernels"]
     first, more = suites(dry)
+    verify = Part("verify", [*package, "verify", "--device", device], shown=True)
     built = [
         Part("build", build, building),
         *emulation[: int(dry)],
         Part("sanitizer probe", probe),
         Part("machine", ["sh", "-c", MACHINE], shown=True),
     ]
-    tested = [
-        Part("environment", [*package, "info"], rehearsal(dry), shown=True),
-        Part("verify", [*package, "verify", "--device", device], shown=True),
-        *first,
-    ]
+    environment = Part("environment", [*package, "info"], rehearsal(dry), shown=True)
     steps = [
         Step("build", 100, built),
-        Step("tests", 110, tested),
+        Step("tests", 110, [environment, *first]),
         Step("decide", 120, [compared("deciding", work, dry)]),
-        Step("suites", 120, more),
+        Step("suites", 120, [verify, *more]),  # it compiles for two minutes
         Step("rest", SECONDS, [compared("rest", work, dry)]),
     ]
     return [step._replace(seconds=step.seconds * patience) for step in steps]
@@ -174,11 +171,11 @@ def suites(dry: bool) -> tuple[list[Part], list[Part]]:
         return Part(f"sanitizer, {tool}", small, uncached, needs="sanitizer probe")
 
     first = shards("gpu tests", 2 if dry else 8, "tests/test_gpu.py", *few)
-    several, one = few or ["--cases", "8"], 1 if dry else None
+    several = few or ["--cases", "8"]
     triton = shards("suite, triton", 8, *NOT_OF_A_BACKEND, "-k", "triton", *several)
     cuda = shards("suite, cuda", 4, *NOT_OF_A_BACKEND, "-k", "cuda", *few, needs="build")
-    # Interpreting all takes too long; `make test` does.
-    return first, [*triton[:one], *cuda[:one], *map(sanitized, TOOLS[:one])]
+    some, one = (2, 1) if dry else (None, None)  # interpreting all takes too long: `make test` does
+    return first, [*triton[:some], *cuda[:some], *map(sanitized, TOOLS[:one])]
 
 
 class Running(NamedTuple):

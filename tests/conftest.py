@@ -16,7 +16,7 @@ emulation.load_if_asked()  # before the tests ask which backends there are
 
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, help="run about this many cases of each test")
-    parser.addoption("--shard", help="i/n: run every n-th test from the i-th on, counted from 0")
+    parser.addoption("--shard", help="i/n: run the i-th, counted from 0, of n like parts")
 
 
 LEFT_OUT = pytest.StashKey[int]()
@@ -26,16 +26,11 @@ LEFT_OUT = pytest.StashKey[int]()
 def pytest_collection_modifyitems(config, items):
     chosen = items
     if most := config.getoption("cases"):
-        tests = {}
-        for item in items:
-            tests.setdefault(function_of(item), []).append(item)
-        chosen = [case for cases in tests.values() for case in few_of(cases, most)]
+        chosen = [case for cases in by_function(items) for case in few_of(cases, most)]
     config.stash[LEFT_OUT] = len(items) - len(chosen)
     if shard := config.getoption("shard"):
         i, n = map(int, shard.split("/"))
-        # Tests stay whole, as their cases share compiled kernels.
-        tests = list(dict.fromkeys(map(function_of, chosen)))[i::n]
-        chosen = [item for item in chosen if function_of(item) in tests]
+        chosen = in_shards(chosen, n)[i]
     kept = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
@@ -46,8 +41,19 @@ def pytest_report_collectionfinish(config):
         return f"--cases {config.getoption('cases')} left out {left_out} cases"
 
 
-def function_of(case):
-    return case.nodeid.split("[")[0]
+def by_function(cases):
+    tests = {}
+    for case in cases:
+        tests.setdefault(case.nodeid.split("[")[0], []).append(case)
+    return list(tests.values())
+
+
+def in_shards(cases, count):
+    """About as many cases in each. Tests stay whole, as their cases share compiled kernels."""
+    shards = [[] for _ in range(count)]
+    for test in sorted(by_function(cases), key=len, reverse=True):
+        min(shards, key=len).extend(test)
+    return shards
 
 
 def label(callspec, name):

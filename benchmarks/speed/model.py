@@ -1,8 +1,9 @@
 """What a call of the Triton backend should take on GPUs on which it has not been measured.
 
-A launch takes its bytes at the bandwidth of a copy, a boundary to the launch before it, and the way
-to its first tile. Launch 2 starts while launch 1 ends, which hides a part of its boundary. Images
-count as in the floor. Left out are waits within a launch, so predictions are rather too low.
+A launch takes the time of its bytes at the bandwidth of a copy, of the boundary to the launch before
+it, and of the way to its first tile. Launch 2 starts while launch 1 ends, which hides a part of its
+boundary. Images count once, as in the floor. Left out are waits within a launch, so predictions are
+rather too low.
 """
 
 import math

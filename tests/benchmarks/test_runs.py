@@ -7,13 +7,16 @@ import sys
 import tarfile
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import in_shards
 
 import sg_kernels
 from benchmarks import gpu
@@ -421,6 +424,16 @@ def test_make_gpu_decides_within_seven_minutes_and_ends_within_nine(tmp_path, mo
     assert logs < 12 << 20, "with the CSV and the plots, 16 MiB"
     alone = [step.parts for step in real if step.name in ("decide", "rest")]
     assert all(len(parts) == 1 for parts in alone), "nothing runs beside what is timed"
+
+
+def test_shards_hold_every_case_once_and_whole_tests():
+    sizes = {"a": 1, "b": 8, "c": 2, "d": 4, "e": 3}
+    cases = [SimpleNamespace(nodeid=f"{name}[{i}]") for name in sizes for i in range(sizes[name])]
+    found = [[case.nodeid for case in shard] for shard in in_shards(cases, 3)]
+    assert sorted(chain(*found)) == sorted(case.nodeid for case in cases)
+    tests = [{name.partition("[")[0] for name in shard} for shard in found]
+    assert sum(map(len, tests)) == len(sizes)
+    assert [len(shard) for shard in found] == [8, 5, 5]
 
 
 def test_every_test_that_make_gpu_leaves_out_exists():
