@@ -1,9 +1,9 @@
 """What a call of the Triton backend should take on GPUs on which it has not been measured.
 
-A launch takes the time of its bytes at the bandwidth of a copy, of the boundary to the launch before
-it, and of the way to its first tile. Launch 2 starts while launch 1 ends, which hides a part of its
-boundary. Images count once, as in the floor. Left out are waits within a launch, so predictions are
-rather too low.
+A launch takes the time of its bytes at the bandwidth of a copy, of the boundary to the launch
+before it, and of the way to its first tile. Launch 2 starts while launch 1 ends, which hides a part
+of its boundary. Images count once, as in the floor. Left out are waits within a launch, so
+predictions are rather too low.
 """
 
 import math
@@ -27,8 +27,6 @@ FORWARD = 1 / 3
 """Of a training step: the backward pass takes twice as long as the forward pass."""
 PASSES, PIXELS = 1 / 2, 1 / 4
 """Of the recipe half at half the resolution: the share of steps with a clean pass, and its size."""
-
-
 LAUNCHES, SYNCS, _ = DEVICE_COUNTERS
 CIFAR, IMAGENET = cases.headline("cuda", quick=False)
 UINT8, SEVERAL = cases.standardized("cuda", quick=False), cases.several("cuda", quick=False)
