@@ -76,23 +76,23 @@ def autocast(device: str) -> torch.autocast:
 
 
 def all_mixes(device: str, model: nn.Module) -> dict[str, Mix | None]:
-    options = {"num_classes": model.num_classes, "label_smoothing": 0.0}
+    options: dict[str, Any] = {"num_classes": model.num_classes, "label_smoothing": 0.0}
     timm = import_library("timm.data").Mixup(0.0, 1.0, **options)
     mixes: dict[str, Mix | None] = {"plain": None, CUTMIX: lambda x, y: timm(x.clone(), y)}
+    # The steps of the others pass through the tapped layer too, so that every pass counts.
+    options["mixed_pass"] = False
     for backend in own_backends(device):
-        # The steps of the others pass through the tapped layer too, so that every pass counts.
-        tap = {"layer": model.layer4, "mixed_pass": False}
-        graft = sg_kernels.SaliencyGraft(**tap, **options, backend=backend).to(device)
-        mixes[f"Saliency Grafting ({backend})"] = graft
-        tap = {"layer": model.layer3, "network": model, "pass_scale": 0.5}
-        graft = sg_kernels.SaliencyGraft(**tap, **options, backend=backend).to(device)
-        mixes[HALF.format(backend)] = partial(with_pass, graft)
+        graft = sg_kernels.SaliencyGraft(model.layer4, **options, backend=backend)
+        mixes[f"Saliency Grafting ({backend})"] = graft.to(device)
+        small = {"network": model, "pass_scale": 0.5}
+        graft = sg_kernels.SaliencyGraft(model.layer3, **small, **options, backend=backend)
+        mixes[HALF.format(backend)] = partial(with_pass, graft.to(device))
     return mixes
 
 
 def with_pass(graft: sg_kernels.SaliencyGraft, images: Tensor, labels: Tensor) -> Any:
     """Grafts after a clean pass of its own."""
-    graft.reset()  # the steps of the others are not taken for it
+    graft.reset()  # of the passes of the others
     with autocast(images.device.type):
         return graft(images, labels)
 
