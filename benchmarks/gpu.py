@@ -118,8 +118,8 @@ def plan(work: Path, dry: bool) -> list[Step]:
     steps = [
         Step("build", 100, built),
         Step("tests", 110, [environment, *first]),
-        Step("decide", 120, [compared("deciding", work, dry)]),
-        Step("suites", 120, [verify, *more]),  # it compiles for two minutes
+        Step("decide", 140, [compared("deciding", work, dry)]),
+        Step("suites", 100, [verify, *more]),
         Step("rest", SECONDS, [compared("rest", work, dry)]),
     ]
     return [step._replace(seconds=step.seconds * patience) for step in steps]
