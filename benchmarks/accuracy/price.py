@@ -25,9 +25,10 @@ from benchmarks.speed import measure, results
 from benchmarks.speed.measure import Timed
 from benchmarks.speed.readme import between_markers, markdown
 from benchmarks.speed.results import RESULTS, ROOT, Row, row_of
+from benchmarks.speed.step import OVER_CUTMIX
 
 PAGE = ROOT / "docs" / "recipes.md"
-RATIO, COUNTED = "step / step with CutMix", "cost of a step"
+COUNTED = "cost of a step"
 CLASSES = 100
 CUTMIX = "cutmix"
 OF_HALF = ["half pass_scale=0.5", "half"]
@@ -80,7 +81,7 @@ def measure_steps(setting: Setting, device: str, rounds: int) -> list[Row]:
     for recipe in RECIPES:
         where = (setting.network, setting.shape, recipe)
         cost = methods.make(recipe, trained(setting, device)).cost
-        rows.append(row_of(where, RATIO, samples[recipe] / of_half[CUTMIX], "x"))
+        rows.append(row_of(where, OVER_CUTMIX, samples[recipe] / of_half[CUTMIX], "x"))
         rows.append(Row(*where, COUNTED, cost / PLAIN, "x"))
     return rows
 
@@ -124,7 +125,7 @@ def table_of(rows: pd.DataFrame) -> str:
     counted = rows[rows.figure == COUNTED].drop_duplicates("candidate").set_index("candidate").value
     columns = {"recipe": [f"`{recipe}`" for recipe in RECIPES]}
     columns["counted"] = [f"{counted[recipe]:.2f}" for recipe in RECIPES]
-    for (network, shape), found in rows[rows.figure == RATIO].groupby(
+    for (network, shape), found in rows[rows.figure == OVER_CUTMIX].groupby(
         ["case", "shape"], sort=False
     ):
         measured = found.set_index("candidate")

@@ -712,7 +712,7 @@ def test_the_price_of_a_recipe_that_mixes_half_is_the_mean_of_two_steps(monkeypa
     monkeypatch.setattr(price.networks, "make", lambda *given: Recorded())
     monkeypatch.setattr(price, "timm_cutmix", lambda to: methods.make("cutmix prob=1.0", to))
     rows = price.measure_steps(price.Setting("any", BATCH, SIDE), "cpu", 3)
-    ratios = {row.candidate: row.value for row in rows if row.figure == price.RATIO}
+    ratios = {row.candidate: row.value for row in rows if row.figure == price.OVER_CUTMIX}
     assert ratios == pytest.approx(
         {"half pass_scale=0.5": 12 / 11, "half": 13 / 11, "always": 17 / 11, "paper": 2}, rel=1e-4
     )
