@@ -163,7 +163,7 @@ def joined(left: pd.Series, between: str, right: pd.Series) -> pd.Series:
 def draw(rows: pd.DataFrame, path: Path) -> None:
     """A panel for each comparison: the difference to CutMix with its interval."""
     found = {title: summary(runs) for title, runs in groups(rows).items()}
-    height = sum(1.1 + 0.3 * len(lines) for lines in found.values())
+    height = sum(0.9 + 0.3 * len(lines) for lines in found.values())
     ratios = [1 + len(lines) for lines in found.values()]
     figure, panels = plt.subplots(
         len(found), figsize=(8, height), squeeze=False, layout="constrained",
@@ -179,10 +179,10 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         panel.set_yticks(places, labels)
         panel.axvline(0, color="black", linewidth=1)
         panel.set_title(title, loc="left", fontsize=10)
-        panel.set_xlabel(
-            "test error minus CutMix's, points, with its 95 % interval; left is better"
-        )
         style_rows(panel)
+    figure.supxlabel(
+        "test error minus CutMix's, points, with its 95 % interval; left is better", fontsize=10
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
