@@ -10,7 +10,6 @@ main shapes on accesses to images or features that are narrower than 16 bytes or
 import argparse
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.compiled.cuobjdump import count_instructions, dump
+from benchmarks.compiled.cuobjdump import count_instructions, dump_kernel
 from benchmarks.compiled.requests import Request, worst_request
 from benchmarks.speed.cases import COPY_BANDWIDTH
 from sg_kernels.backends.triton import operators
@@ -48,7 +47,7 @@ class Launch(NamedTuple):
 
     name: str
     function: Any
-    programs: int
+    programs: tuple[int, int, int]
     threads: int
     arguments: tuple[Any, ...]
     constants: tuple[Any, ...]
@@ -81,7 +80,7 @@ def launches_of(
     """What an operator would launch; its tensors need no memory."""
     recorded: list[tuple[Any, ...]] = []
 
-    def record(function: Any, programs: int, threads: int, arguments: Any, *constants: Any) -> None:
+    def record(function: Any, programs: Any, threads: int, arguments: Any, *constants: Any) -> None:
         recorded.append((function, programs, threads, arguments, constants))
 
     with (
@@ -218,10 +217,7 @@ def read_ptx(kernel: Any, request: Request) -> Compiled:
     widths: dict[str, list[tuple[int, bool]]] = {"ld": [], "st": []}
     for predicate, kind, vector, bits in accesses:
         widths[kind].append((int(vector or 1) * int(bits) // 8, bool(predicate)))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, sass = dump("-res-usage", file.name), dump("-sass", file.name)
+    usage, sass = dump_kernel("-res-usage", kernel), dump_kernel("-sass", kernel)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return Compiled(
