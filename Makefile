@@ -69,8 +69,9 @@ $(TRITON_3_6): $(STAMP)
 	$(RUN) -m pip install --quiet --upgrade --no-deps --target build/triton-3.6 triton==3.6.0 "numpy<2.4"
 	@touch $@
 
-aot: $(STAMP) ## compiles every kernel for five GPUs: registers, spills, width and spread of each access
+aot: $(STAMP) ## compiles every kernel for five GPUs: registers, spills, accesses, cycles before the copy
 	$(RUN) -m benchmarks.compiled.triton_kernels
+	$(RUN) -m benchmarks.compiled.cycles
 	[ ! -e sg_kernels/libsg_kernels_cuda.so ] || $(RUN) -m benchmarks.compiled.cuda_library
 
 # The interpreter was not built with ASan, so ASan's runtime must be loaded before all else.

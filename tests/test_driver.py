@@ -73,7 +73,8 @@ class Expected(NamedTuple):
     """A launch as the call and the plan have it."""
 
     function: object
-    programs: int
+    programs: tuple
+    """Along each axis."""
     threads: int
     arguments: dict
     """By name: "group.field". None where there is no such parameter."""
@@ -127,7 +128,7 @@ def assert_arrived(launched, expected):
     arrived = dict(zip([name for name, _ in present], launched.values))
     assert arrived == {name: bits_of(kind, arguments[name]) for name, kind in present}
     assert launched.values[len(present) :] == [0, 0]
-    assert launched.grid == (expected.programs, 1, 1)
+    assert launched.grid == expected.programs
     assert launched.block == (expected.threads, 1, 1)
     assert launched.shared_bytes == kernel.shared_bytes
     assert launched.stream == driver.STREAM
@@ -161,6 +162,7 @@ def tiles_of(planned, images, out, depth=1, standardized=False):
     height = images.shape[2] // depth
     names, axes = ("channels", "height", "width"), ("image", "channel", "y", "x")
     given = numbers("tiles", planned.tiles)
+    given["tiles.per_across"] = plan.reciprocal(planned.tiles.across)
     for name, size in zip(names, (images.shape[1], height, images.shape[3])):
         given |= {
             f"tiles.sides.{name}": size,
@@ -199,22 +201,24 @@ def sizes(size, grid):
 def expected_channel_saliency(observed, arguments, saliency):
     (features,), (memory,), planned = arguments, observed.memory, observed.plans["saliency"]
     batch, size = len(features), features.shape[2:]
-    assert memory.partials.numel() == planned.splits * saliency.numel()
+    splits = planned.sums.splits
+    assert memory.partials.numel() == splits * saliency.numel()
     given = {
         "memory.source": features,
-        "memory.partials": saliency if planned.splits == 1 else memory.partials,
+        "memory.partials": saliency if splits == 1 else memory.partials,
         "batch": batch,
-        "maps.splits": planned.splits,
         "maps.window.height": 1,
         "maps.window.width": 1,
         "pairing.programs": 0,
         "pairing.rank": 0,
         "pairing.seed": 0,
+        "pairing.keep_prob": 0,
+        "pairing.prob": 0,
     }
-    absent = ("grid", "index", "given_index", "call_seed", "seed", "step")
+    absent = ("grid", "index", "given_index", "drawn", "seed", "step", "quantiles")
     given |= {f"memory.{name}": None for name in absent}
     given |= sums_of(planned, features) | sizes(size, size)
-    programs = batch * planned.splits * planned.sums.tiles
+    programs = batch * splits * planned.sums.tiles, 1, 1
     return [Expected(operators.saliency_kernel, programs, plan.THREADS, given)]
 
 
@@ -230,7 +234,7 @@ def expected_graft(observed, images, mask, index, out, affine=None):
         "grid.height": mask.shape[1],
         "grid.width": mask.shape[2],
     }
-    programs = out.shape[0] * planned.tiles.total
+    programs = out.shape[0] * planned.tiles.total, 1, 1
     return [Expected(operators.graft_kernel, programs, plan.THREADS, given)]
 
 
@@ -258,7 +262,7 @@ def expected_mix_targets(observed, arguments, mixed):
         "num_classes": num_classes,
         "label_smoothing": label_smoothing,
     }
-    programs = lam.shape[0] * tiles
+    programs = lam.shape[0] * tiles, 1, 1
     return [Expected(operators.mix_targets_kernel, programs, plan.THREADS, given)]
 
 
@@ -277,14 +281,15 @@ def expected_saliency_graft(observed, arguments, outputs):
 
 
 def expected_launch_1(observed, call, planned, outputs):
-    memory, (_, sums, splits) = observed.memory[0], planned.saliency
+    memory, sums, splits = observed.memory[0], planned.saliency.sums, planned.saliency.sums.splits
     batch, ready = len(call.images), call.saliency is not None
     source = call.saliency if ready else call.features
     drawing = call.augmentations * -(-batch // SAMPLES.value)
     on_host = isinstance(call.seed, OnHost)
     resampled = ready and splits > 0 and tuple(source.shape[1:]) != call.grid_size
     assert memory.partials.numel() == splits * outputs.saliency.numel()  # both 0 without a map
-    assert memory.call_seed.dtype == torch.int64
+    assert memory.drawn.dtype == torch.int64
+    assert memory.drawn.shape == (1 + call.augmentations,)
     given = numbers("sums", sums) if ready else sums_of(planned.saliency, source)
     given |= numbers("maps", planned.maps) | sizes(source.shape[-2:], call.grid_size)
     given |= {
@@ -293,21 +298,23 @@ def expected_launch_1(observed, call, planned, outputs):
         "memory.grid": memory.grid if resampled else None,
         "memory.index": outputs.index,
         "memory.given_index": call.index,
-        "memory.call_seed": memory.call_seed,
+        "memory.drawn": memory.drawn,
         "memory.seed": None if on_host else call.seed,
         "memory.step": call.step,
+        "memory.quantiles": call.quantiles,
         "batch": batch,
-        "maps.splits": splits,
         "pairing.programs": drawing,
         "pairing.rank": call.rank,
         "pairing.seed": int(call.seed) if on_host else 0,
+        "pairing.keep_prob": int(call.keep_prob * 2**32),
+        "pairing.prob": int(call.prob * 2**32),
     }
-    programs = drawing + batch * splits * sums.tiles
+    programs = drawing + batch * splits * sums.tiles, 1, 1
     return Expected(operators.saliency_kernel, programs, plan.THREADS, given)
 
 
 def expected_launch_2(observed, call, planned, outputs, out):
-    first, splits = observed.memory[0], planned.saliency.splits
+    first, splits = observed.memory[0], planned.saliency.sums.splits
     source = call.features if call.saliency is None else call.saliency
     size = source.shape[-2:] if first.grid is None else call.grid_size
     given = tiles_of(planned.tile, call.images, out, call.depth, call.affine is not None)
@@ -317,9 +324,8 @@ def expected_launch_2(observed, call, planned, outputs, out):
         "memory.out": out,
         "memory.maps": first.partials if first.grid is None else first.grid,
         "memory.saliency": None if splits <= 1 else outputs.saliency,
-        "memory.call_seed": first.call_seed,
+        "memory.drawn": first.drawn,
         "memory.step": call.step,
-        "memory.quantiles": call.quantiles,
         "memory.given_mask": call.mask,
         "memory.index": outputs.index,
         "memory.targets": call.targets,
@@ -328,19 +334,15 @@ def expected_launch_2(observed, call, planned, outputs, out):
         "memory.mixed": outputs.targets,
         "memory.affine": call.affine,
         "rows.batch": len(call.images),
-        "rows.rows": call.augmentations * len(call.images),
         "rows.parts": planned.rows.parts,
-        "maps.splits": splits,
         "options.temperature": call.temperature,
         "options.threshold": call.threshold,
         "options.k": call.k or 0,
-        "options.keep_prob": int(call.keep_prob * 2**32),
-        "options.prob": int(call.prob * 2**32),
         "options.num_classes": call.num_classes,
         "options.label_smoothing": call.label_smoothing,
     }
     parts = planned.rows.parts
-    programs = len(out) * (parts + 1 if parts > 1 else 1)
+    programs = len(call.images), call.augmentations, parts + 1 if parts > 1 else 1
     kernel = operators.saliency_graft_kernel
     return Expected(kernel, programs, planned.threads, given, overlaps=launch.OVERLAP)
 

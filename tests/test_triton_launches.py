@@ -1,6 +1,7 @@
 """What the Triton backend launches: how many kernels, which, compiled how often. Needs no GPU."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_without_a_map_launch_1_only_draws_the_pairing(launched):
     given = {"mask": meta(8, 2, 2, dtype=torch.bool), "grid_size": (2, 2)}
     saliency_graft(meta(8, 3, 64, 64), **given, **NO_MAP)
     (_, programs, *_), _ = launched
-    assert programs == 1
+    assert programs == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,18 @@ def test_few_kernels_are_compiled_for_many_shapes(launched):
     assert len(launched) == 48
     first = {key for key in keys(launched) if key[0] is operators.saliency_kernel}
     assert len(first) <= 4  # one for each map
-    assert len(keys(launched) - first) <= 16
+
+
+@pytest.mark.parametrize(
+    ("image", "features"),
+    [((3, 32, 32), (640, 8, 8)), ((3, 224, 224), (2048, 7, 7)), ((3, 224, 224), (768, 14, 14))],
+)
+def test_few_kernels_are_compiled_for_all_batches_of_a_network(launched, image, features):
+    for batch in range(1, 513):
+        saliency_graft(meta(batch, *image), features=meta(batch, *features), grid_size=features[1:])
+    first = {key for key in keys(launched) if key[0] is operators.saliency_kernel}
+    assert len(first) == 1
+    assert len(keys(launched) - first) <= 5  # one for each number of splits
 
 
 @needs_compiler
@@ -214,7 +226,7 @@ def test_launch_1_has_as_many_programs_for_small_batches_as_for_large(launched):
     for batch in (32, 64, 128, 256, 512):
         launched.clear()
         operators.channel_saliency(meta(batch, 2048, 7, 7, dtype=torch.bfloat16))
-        programs[batch] = launched[0][1]
+        programs[batch] = math.prod(launched[0][1])
     assert min(programs.values()) >= plan.PROGRAMS_1 * MULTIPROCESSORS / 2
 
 
@@ -230,7 +242,9 @@ def test_the_masks_worked_out_again_stay_few(launched):
     for batch in (1, 32, 256, 4096):
         launched.clear()
         saliency_graft(meta(batch, 3, 224, 224), features=meta(batch, 2048, 7, 7))
-        assert launched[1][1] <= max(batch, plan.PROGRAMS_2 * MULTIPROCESSORS + 2 * batch)
+        assert math.prod(launched[1][1]) <= max(
+            batch, plan.PROGRAMS_2 * MULTIPROCESSORS + 2 * batch
+        )
 
 
 @pytest.mark.parametrize("batch", [1, 256, 1024, 4096])
@@ -238,7 +252,7 @@ def test_who_writes_a_label_copies_nothing_where_others_can(launched, batch):
     saliency_graft(meta(batch, 3, 224, 224), features=meta(batch, 2048, 7, 7))
     _, programs, _, (_, rows, *_), _ = launched[1]
     shared = batch < plan.PROGRAMS_2 * MULTIPROCESSORS
-    assert programs == (batch * (rows.parts + 1) if shared else batch)
+    assert programs == (batch, 1, rows.parts + 1 if shared else 1)
 
 
 def test_what_is_too_large_runs_on_the_reference(launched, monkeypatch):

@@ -137,8 +137,42 @@ def test_splits_double_until_every_multiprocessor_has_work(multiprocessors):
 def test_launch_2_adds_up_at_most_max_terms_per_thread(grid_cells, most):
     """A thread holds 2 cells of grids up to 256, else 8, each a sum of at most ``most`` values."""
     for values in (1, most):
-        held, threads, at_once = plan.cells(grid_cells, values)
+        held, threads, at_once = plan.cells(window_of(grid_cells, values), 1)
         assert at_once
         assert held.cells // threads * values <= plan.MAX_TERMS
-    assert not plan.cells(grid_cells, most + 1)[2]
-    assert not plan.cells(1025, 1)[2]
+    assert not plan.cells(window_of(grid_cells, most + 1), 1)[2]
+    assert not plan.cells(window_of(1025, 1), 1)[2]
+
+
+def window_of(grid_cells, values):
+    """A map each cell of whose grid is a sum of ``values``."""
+    size, grid = plan.Size(grid_cells, values), plan.Size(grid_cells, 1)
+    return plan.Maps(size, grid, plan.Size(1, values))
+
+
+@pytest.mark.parametrize("grid_cells", [1, 64, 256, 1024, 4096])
+@pytest.mark.parametrize("splits", [1, 2, 4, 8, 16])
+def test_splits_are_read_at_once_as_far_as_registers_allow(grid_cells, splits):
+    size = plan.Size(grid_cells, 1)
+    held, threads, _ = plan.cells(plan.Maps(size, size, plan.Size(1, 1)), splits)
+    assert held.splits == splits
+    assert not held.resampled
+    assert splits % held.unroll == 0
+    in_flight = held.unroll * held.cells // threads
+    assert in_flight <= plan.SPLITS_IN_FLIGHT
+    assert held.unroll == splits or 2 * in_flight > plan.SPLITS_IN_FLIGHT
+
+
+@pytest.mark.parametrize("splits", [0, 1])
+def test_a_grid_is_resampled_where_a_map_of_another_size_is_read(splits):
+    maps = plan.Maps(plan.Size(7, 7), plan.Size(7, 5), plan.Size(1, 3))
+    assert plan.cells(maps, splits)[0].resampled == bool(splits)
+    assert not plan.cells(maps._replace(grid=maps.size), splits)[0].resampled
+
+
+def test_more_draws_than_an_axis_holds_have_no_plan():
+    for draws, planned in ((plan.MAX_DRAWS, True), (plan.MAX_DRAWS + 1, False)):
+        image, features = (1, 1, 8, 8), (1, 1, 2, 2)
+        copied = draws, image, contiguous(*image), contiguous(*image), 4, 16
+        source = features, contiguous(*features), 4, 16, False
+        assert (plan.saliency_graft(*copied, *source, (2, 2), 1) is not None) == planned

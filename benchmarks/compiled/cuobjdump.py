@@ -2,7 +2,9 @@
 
 import re
 import subprocess
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -13,6 +15,13 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/", re.MULTILINE)
 def dump(option: str, path: str) -> str:
     command = [str(CUOBJDUMP), option, path]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def dump_kernel(option: str, kernel: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return dump(option, file.name)
 
 
 def count_instructions(sass: str) -> int:

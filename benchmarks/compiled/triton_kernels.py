@@ -10,7 +10,6 @@ main shapes on accesses to images or features that are narrower than 16 bytes or
 import argparse
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.compiled.cuobjdump import count_instructions, dump
+from benchmarks.compiled.cuobjdump import count_instructions, dump_kernel
 from benchmarks.compiled.requests import Request, worst_request
 from benchmarks.speed.cases import COPY_BANDWIDTH
 from sg_kernels.backends.triton import operators
@@ -48,7 +47,7 @@ class Launch(NamedTuple):
 
     name: str
     function: Any
-    programs: int
+    programs: tuple[int, int, int]
     threads: int
     arguments: tuple[Any, ...]
     constants: tuple[Any, ...]
@@ -81,7 +80,7 @@ def launches_of(
     """What an operator would launch; its tensors need no memory."""
     recorded: list[tuple[Any, ...]] = []
 
-    def record(function: Any, programs: int, threads: int, arguments: Any, *constants: Any) -> None:
+    def record(function: Any, programs: Any, threads: int, arguments: Any, *constants: Any) -> None:
         recorded.append((function, programs, threads, arguments, constants))
 
     with (
@@ -218,10 +217,7 @@ def read_ptx(kernel: Any, request: Request) -> Compiled:
     widths: dict[str, list[tuple[int, bool]]] = {"ld": [], "st": []}
     for predicate, kind, vector, bits in accesses:
         widths[kind].append((int(vector or 1) * int(bits) // 8, bool(predicate)))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, sass = dump("-res-usage", file.name), dump("-sass", file.name)
+    usage, sass = dump_kernel("-res-usage", kernel), dump_kernel("-sass", kernel)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return Compiled(
@@ -279,12 +275,14 @@ MAIN_SHAPES = list(main_shapes())
 LAUNCHES = [*MAIN_SHAPES, *other_kernels()]
 
 
-def faults(launch: Launch, compiled: Compiled) -> list[str]:
+def faults(launch: Launch, target: str, compiled: Compiled) -> list[str]:
     """What a launch must not do."""
     found = []
+    # The 64 threads of an AMD warp share the 32 chunks of a tile that is standardised.
+    halved = TARGETS[target].warp_size == 64 and "u8 to" in launch.name
     if compiled.spills:
         found.append(f"spills {compiled.spills} bytes")
-    if launch.wide and compiled.load < WIDE:
+    if launch.wide and compiled.load < (WIDE // 2 if halved else WIDE):
         found.append(f"reads at most {compiled.load} bytes at a time")
     if launch.wide and "graft" in launch.name and compiled.store < WIDE:
         found.append(f"writes at most {compiled.store} bytes at a time")
@@ -301,9 +299,9 @@ def main() -> None:
     count = len(MAIN_SHAPES if arguments.main else LAUNCHES)
     tasks = [(position, target) for position in range(count) for target in arguments.targets]
     with ProcessPoolExecutor() as pool:
-        found = pool.map(examine, *zip(*tasks))
+        examined = pool.map(examine, *zip(*tasks))
         results = list(
-            tqdm(found, total=len(tasks), unit="kernel", disable=not sys.stderr.isatty())
+            tqdm(examined, total=len(tasks), unit="kernel", disable=not sys.stderr.isatty())
         )
     rows, failures = [], []
     for (position, target), compiled in zip(tasks, results):
@@ -311,7 +309,8 @@ def main() -> None:
         request = compiled.request if compiled.request.bytes else (None, None, None)
         rows.append((launch.name, target, *compiled[:-1], *request, launch.bytes / 1e6))
         rows[-1] += (launch.bytes / COPY_BANDWIDTH["H200"] * 1e6,)
-        failures += [f"{launch.name}, {target}: {fault}" for fault in faults(launch, compiled)]
+        found = faults(launch, target, compiled)
+        failures += [f"{launch.name}, {target}: {fault}" for fault in found]
     print(f"Triton {triton.__version__}; load and store: bytes of the widest; wide: 16 bytes")
     print("request: the bytes that a warp touches at once, where most scattered")
     heads = ("kernel", "target", *Compiled._fields, "sectors", "lines", "MB", "us")

@@ -26,12 +26,11 @@ class Size(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """The maps of a batch in partial sums, (splits, batch, *size), and their grid.
+    """The maps of a batch and their grid.
 
     The batch is passed apart: as a field here it costs launch 2 seven registers on sm_100.
     """
 
-    splits: Int32
     size: Size
     grid: Size
     window: Size
@@ -50,15 +49,18 @@ class SaliencyMemory(NamedTuple):
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
     """The pairing; None where only the map is wanted."""
     given_index: Tensor | None = None
-    call_seed: Tensor | None = None
+    drawn: Tensor | None = None
+    """The seed of the call, then of each draw p; see cells.draw_keep_prob."""
     seed: Tensor | None = None
     """None where the seed is on the host: :attr:`Pairing.seed`."""
     step: Tensor | None = None
+    quantiles: Tensor | None = None
 
 
 class Sums(NamedTuple):
     """How launch 1 walks features; strides in chunks."""
 
+    splits: Int32
     tiles: Int32
     rows: Int32
     """Rows of planes, or with layout "channels_last" chunks of channels."""
@@ -73,6 +75,9 @@ class Pairing(NamedTuple):
     """How many programs draw the pairing."""
     rank: Int32
     seed: Int64
+    keep_prob: Int64
+    """As ``prob`` a threshold of 32-bit words: 2**32 is certain."""
+    prob: Int64
 
 
 class Block(NamedTuple):
@@ -95,9 +100,8 @@ class RowsMemory(NamedTuple):
     maps: Tensor
     saliency: Tensor | None
     """Where the maps are written whole; None where they are already."""
-    call_seed: Tensor
+    drawn: Tensor
     step: Tensor | None
-    quantiles: Tensor | None
     given_mask: Tensor | None
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     targets: Tensor | None
@@ -110,7 +114,6 @@ class RowsMemory(NamedTuple):
 
 class Rows(NamedTuple):
     batch: Int32
-    rows: Int32
     parts: Int32
     """How many programs share the tiles of a row."""
 
@@ -121,9 +124,6 @@ class Options(NamedTuple):
     temperature: Float32
     threshold: Float32
     k: Int32
-    keep_prob: Int64
-    """As ``prob`` a threshold of 32-bit words: 2**32 is certain."""
-    prob: Int64
     num_classes: Int32
     label_smoothing: Float32
 
@@ -143,6 +143,10 @@ class Cells(NamedTuple):
 
     cells: int
     """Cells of the block, a power of two."""
+    splits: int
+    """Partial sums of each value of a map."""
+    resampled: bool
+    """Whether the grid has another size than the map."""
     terms: int
     """Values of a cell read in parallel, by different threads."""
     unroll: int
@@ -186,6 +190,8 @@ class Tiles(NamedTuple):
     total: Int32
     across: Int32
     """How many lie side by side."""
+    per_across: Int64
+    """As in :class:`Sides`."""
     lines: Int32
     chunks: Int32
     """Of a line."""
@@ -200,6 +206,8 @@ class Layout(NamedTuple):
     """Constants of a tile; see copy.py."""
 
     channels_last: bool
+    planes: bool
+    """Whether the lines of an image lie in planes: its channels, or frames."""
     strided: bool
     uniform: bool
     lines: int

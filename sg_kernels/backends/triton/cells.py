@@ -1,7 +1,7 @@
 """The stages that work on a sample's cells, 2 to 5, 7 and 8, named as in the reference.
 
 A program holds all cells of a grid at once, in a block of CELLS >= gh * gw; ``valid`` marks the
-real ones. Maps are read from their partial sums: ``values``, of the sizes in ``maps``.
+real ones. Maps are read from their partial sums: ``values``, (SPLITS, batch, h, w).
 """
 
 import triton
@@ -34,47 +34,16 @@ def window_end(position, size, grid):
 
 
 @triton.jit
-def sum_values(
-    values,
-    maps,
-    batch,
-    sample,
-    first,
-    valid,
-    extent,
-    CHECKED: tl.constexpr,
-    TERMS: tl.constexpr,
-    UNROLL: tl.constexpr,
+def sum_splits(
+    values, map_cells, batch, sample, place, valid, SPLITS: tl.constexpr, UNROLL: tl.constexpr
 ):
-    """Sums the splits of each cell: its value at ``first``, or all those in an ``extent`` from it,
-    times HEADROOM.
-
-    UNROLL times TERMS values are read at once, TERMS of them by different threads. Values not
-    CHECKED yet, of a ready map without splits, are checked first.
-    """
-    splits = maps.splits if CHECKED else 1
-    window_cells = 1 if extent is None else maps.window.height * maps.window.width
-    total = tl.zeros(first.shape, tl.float32)
-    for start in range(0, splits * window_cells, TERMS * UNROLL):
+    """The values of a map at each ``place``. UNROLL splits are read at once."""
+    value = values + sample * map_cells + place
+    total = tl.zeros(place.shape, tl.float32)
+    for start in range(0, SPLITS, UNROLL):
         for part in tl.static_range(UNROLL):
-            split = start + part * TERMS + tl.arange(0, TERMS)[:, None]
-            place, inside = first[None, :], valid[None, :]
-            if extent is not None:
-                high, wide = extent
-                inner = split % window_cells
-                split = split // window_cells
-                y, x = inner // maps.window.width, inner % maps.window.width
-                place = place + y * maps.size.width + x
-                inside = inside & (y < high[None, :]) & (x < wide[None, :])
-            row = split.to(tl.int64) * batch + sample
-            inside = inside & (split < splits)
-            whole = values + row * (maps.size.height * maps.size.width)
-            value = tl.load(whole + place, mask=inside, other=0.0)
-            if not CHECKED:
-                value = checked(value)
-            if extent is not None:
-                value = value * HEADROOM
-            total += tl.sum(value, axis=0)
+            split = tl.cast(start + part, tl.int64) * batch * map_cells
+            total += tl.load(value + split, mask=valid, other=0.0)
     return total
 
 
@@ -86,26 +55,52 @@ def resample(
     sample,
     cell,
     valid,
+    SPLITS: tl.constexpr,
     CHECKED: tl.constexpr,
     TERMS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Stage 2: the grid's values in ``cell``, each the mean of at most a window."""
-    size, grid = maps.size, maps.grid
-    if (grid.height != size.height) | (grid.width != size.width):
-        cy, cx = cell // grid.width, cell % grid.width
-        top = window_begin(cy, size.height, grid.height)
-        left = window_begin(cx, size.width, grid.width)
-        high = window_end(cy, size.height, grid.height) - top
-        wide = window_end(cx, size.width, grid.width) - left
-        first, extent = top * size.width + left, (high, wide)
-        total = sum_values(
-            values, maps, batch, sample, first, valid, extent, CHECKED, TERMS, UNROLL
-        )
-        total = total / ((high * wide).to(tl.float32) * HEADROOM)
+    """Stage 2: the grid's values in ``cell``, each the mean of at most a window.
+
+    UNROLL times TERMS values are read at once, TERMS of them by different threads. Values not
+    CHECKED yet, of a ready map, are checked first.
+    """
+    size, grid, window = maps.size, maps.grid, maps.window
+    cy, cx = cell // grid.width, cell % grid.width
+    top = window_begin(cy, size.height, grid.height)
+    left = window_begin(cx, size.width, grid.width)
+    high = window_end(cy, size.height, grid.height) - top
+    wide = window_end(cx, size.width, grid.width) - left
+    first = top * size.width + left
+    total = tl.zeros(cell.shape, tl.float32)
+    window_cells = window.height * window.width
+    for start in range(0, SPLITS * window_cells, TERMS * UNROLL):
+        for part in tl.static_range(UNROLL):
+            term = start + part * TERMS + tl.arange(0, TERMS)[:, None]
+            split, inner = term // window_cells, term % window_cells
+            y, x = inner // window.width, inner % window.width
+            inside = (y < high[None, :]) & (x < wide[None, :])
+            inside = inside & valid[None, :] & (split < SPLITS)
+            row = split.to(tl.int64) * batch + sample
+            whole = values + row * (size.height * size.width)
+            place = first[None, :] + y * size.width + x
+            value = tl.load(whole + place, mask=inside, other=0.0)
+            if not CHECKED:
+                value = checked(value)
+            total += tl.sum(value * HEADROOM, axis=0)
+    return total / ((high * wide).to(tl.float32) * HEADROOM)
+
+
+@triton.jit
+def grid_of(values, maps, batch, sample, cell, valid, CELLS: tl.constexpr):
+    """Stage 2 in launch 2: the map's own values where the grid has its size."""
+    SPLITS: tl.constexpr = CELLS.splits
+    UNROLL: tl.constexpr = CELLS.unroll
+    if CELLS.resampled:
+        return resample(values, maps, batch, sample, cell, valid, SPLITS, True, CELLS.terms, UNROLL)
     else:
-        total = sum_values(values, maps, batch, sample, cell, valid, None, CHECKED, TERMS, UNROLL)
-    return total
+        map_cells = maps.size.height * maps.size.width
+        return sum_splits(values, map_cells, batch, sample, cell, valid, SPLITS, UNROLL)
 
 
 @triton.jit
@@ -120,7 +115,11 @@ def destination_of(index, row, own, batch):
 
 @triton.jit
 def peak_of(grid, valid):
-    return tl.max(tl.where(valid, grid, -float("inf")), axis=0)
+    """The largest value; NaN may count as such. The bits of floats >= 0 order them, and a warp
+    compares integers in one step.
+    """
+    bits = tl.where(valid, grid, 0.0).to(tl.int32, bitcast=True)
+    return tl.max(bits, axis=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -159,7 +158,8 @@ def select(grid, cell, valid, cells, options, STAGES: tl.constexpr, CELLS: tl.co
         return key >= tl.where(finite, kth_largest(key, options.k, CELLS), philox.LARGEST)
     else:
         peak = peak_of(grid, valid)
-        varies = tl.min(tl.where(valid, grid, float("inf")), axis=0) < peak * FLAT
+        least = tl.where(valid, grid, float("inf")).to(tl.int32, bitcast=True)
+        varies = tl.min(least, axis=0).to(tl.float32, bitcast=True) < peak * FLAT
         scale = normalize_scale(grid, valid, cells, peak, NORMALIZE)
         # NaN for NaN, and for infinity, which is the peak; then so is the total.
         numerator = tl.exp((grid - peak) / scale / options.temperature)
@@ -170,34 +170,40 @@ def select(grid, cell, valid, cells, options, STAGES: tl.constexpr, CELLS: tl.co
 
 
 @triton.jit
-def draw_keep_prob(draw, seed, quantiles, options):
-    """Stage 5, what a draw's rows share: p as a threshold of words, and whether it grafts at all.
+def draw_keep_prob(draw, seed, quantiles, pairing):
+    """Stage 5, what a draw's rows share: p as a threshold of words, or -1 where it does not graft.
 
-    p is ``options.keep_prob`` where there are no ``quantiles``.
+    p is ``pairing.keep_prob`` where there are no ``quantiles``.
     """
     p_word, gate_word, _, _ = philox.words(0, 0, draw, philox.KEEP_PROB, seed)
-    p = options.keep_prob if quantiles is None else philox.keep_threshold(p_word, quantiles)
-    return p, gate_word.to(tl.int64) < options.prob
+    p = pairing.keep_prob if quantiles is None else philox.keep_threshold(p_word, quantiles)
+    return tl.where(gate_word.to(tl.int64) < pairing.prob, p, -1)
 
 
 @triton.jit
 def sample(keep, cell, row, draw, seed, p):
     """Stage 5: the salient cells that are kept."""
-    return keep & (philox.word(cell, row, draw, philox.SAMPLING, seed).to(tl.int64) < p)
+    if cell.shape[0] <= 64:
+        word = philox.words_in_order(cell.shape[0] // 4, row, draw, philox.SAMPLING, seed)
+    else:  # several warps, whose exchange takes barriers
+        word = philox.word(cell, row, draw, philox.SAMPLING, seed)
+    return keep & (word.to(tl.int64) < p)
 
 
 @triton.jit
-def gate(kept, valid, grafts):
+def gate(kept, valid, p):
     """Stage 5: M. A draw that does not graft has all True."""
-    return tl.where(grafts, kept, valid)
+    return tl.where(p >= 0, kept, valid)
 
 
 @triton.jit
 def bits_of(mask):
     """A mask of at most 64 cells as the bits of one integer, which every thread holds."""
     if mask.shape[0] <= 64:
-        bit = tl.full(mask.shape, 1, tl.int64) << tl.arange(0, mask.shape[0])
-        return tl.sum(tl.where(mask, bit, 0), axis=0)
+        cell = tl.arange(0, mask.shape[0])
+        bit = tl.where(mask, tl.full(mask.shape, 1, tl.int32) << (cell % 32), 0)
+        low, high = tl.sum(tl.where(cell < 32, bit, 0)), tl.sum(tl.where(cell < 32, 0, bit))
+        return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
 
 
 @triton.jit
@@ -211,22 +217,26 @@ def mask_at(mask, bits, cell):
 
 
 @triton.jit
-def share(grid, kept, valid, NORM: tl.constexpr):
-    """I(S, kept) = ||S kept|| / ||S||, before the root of "l2"."""
+def norms(grid, kept, valid, NORM: tl.constexpr):
+    """||S kept|| and ||S||, before the root of "l2"."""
     weight = tl.where(valid, grid / peak_of(grid, valid), 0.0)  # squares cannot overflow
     if NORM != "l1":
         weight = weight * weight
-    # Rounded as in IEEE 754, here and below: the share of a map that survives whole is 1.
-    return tl.div_rn(tl.sum(tl.where(kept, weight, 0.0), axis=0), tl.sum(weight, axis=0))
+    return tl.sum(tl.where(kept, weight, 0.0), axis=0), tl.sum(weight, axis=0)
 
 
 @triton.jit
 def label_ratio(own, other, mask, valid, cells, NORM: tl.constexpr):
     """Stage 7: lam, from the grids of the source and the destination."""
-    lam = tl.div_rn(tl.sum(mask.to(tl.float32), axis=0), cells.to(tl.float32))
+    # All sums before the divisions, which branch: so they are worked out side by side.
     if NORM != "area":
-        kept = share(own, mask, valid, NORM)
-        left = share(other, valid & ~mask, valid, NORM)
+        own_kept, own_norm = norms(own, mask, valid, NORM)
+        other_left, other_norm = norms(other, valid & ~mask, valid, NORM)
+    count = tl.sum(mask.to(tl.int32), axis=0)
+    # Rounded as in IEEE 754, here and below: the share of a map that survives whole is 1.
+    lam = tl.div_rn(count.to(tl.float32), cells.to(tl.float32))
+    if NORM != "area":
+        kept, left = tl.div_rn(own_kept, own_norm), tl.div_rn(other_left, other_norm)
         if NORM == "l2":
             kept, left = tl.sqrt(kept), tl.sqrt(left)
         ratio = tl.div_rn(kept, kept + left)
@@ -242,6 +252,7 @@ def classes_of(targets, own, other, known, num_classes, TARGETS: tl.constexpr):
     if TARGETS == "ids":
         own, other = tl.load(targets + own), tl.load(targets + other)
         known = known & (own >= 0) & (own < num_classes) & (other >= 0) & (other < num_classes)
+        own, other = own.to(tl.int32), other.to(tl.int32)  # lam is NaN for those out of range
     return own, other, known
 
 

@@ -19,7 +19,7 @@ from sg_kernels.backends.triton.chunks import chunks_of, load_chunks, store_chun
 @triton.jit
 def quotient(numerator, reciprocal):
     """numerator // divisor, from plan.reciprocal(divisor): a multiplication, not a division."""
-    doubled = (numerator * 2).to(tl.uint32, bitcast=True)
+    doubled = tl.cast(numerator * 2, tl.uint32, bitcast=True)
     high = tl.umulhi(doubled, tl.zeros_like(doubled) + (reciprocal >> 5).to(tl.uint32))
     return (high >> (reciprocal & 31).to(tl.uint32)).to(tl.int32)
 
@@ -31,9 +31,11 @@ def tile_chunks(tile, tiles, LAYOUT: tl.constexpr):
     """
     sides = tiles.sides
     position = tl.arange(0, LAYOUT.lines * LAYOUT.chunks)
-    line = tile // tiles.across * LAYOUT.lines + position // LAYOUT.chunks
-    chunk = tile % tiles.across * LAYOUT.chunks + position % LAYOUT.chunks
-    channel = quotient(line, sides.per_height)
+    down = quotient(tile, tiles.per_across)
+    across = tile - down * tiles.across
+    line = down * LAYOUT.lines + position // LAYOUT.chunks
+    chunk = across * LAYOUT.chunks + position % LAYOUT.chunks
+    channel = quotient(line, sides.per_height) if LAYOUT.planes else 0
     inside = (line < tiles.lines) & (chunk < tiles.chunks)
     return (channel, line - channel * sides.height, chunk), inside
 

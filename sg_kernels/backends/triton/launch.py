@@ -81,14 +81,19 @@ def source(function: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...]
 
 
 def launch(
-    function: Any, programs: int, threads: int, arguments: tuple[Any, ...], *constants: Any
+    function: Any,
+    programs: tuple[int, int, int],
+    threads: int,
+    arguments: tuple[Any, ...],
+    *constants: Any,
 ) -> None:
-    """Runs ``programs`` of a kernel on the current device and stream.
+    """Runs a kernel on the current device and stream. ``programs``: along three axes, of which the
+    second and third end at 65535 on CUDA.
 
     ``arguments`` are groups and numbers in the order of the kernel's parameters, memory first.
     """
     if INTERPRETED:
-        function[programs,](*arguments, *constants)
+        function[programs](*arguments, *constants)
         return
     absent = tuple([memory is None for memory in arguments[0]])
     device = torch.cuda.current_device()
@@ -100,13 +105,13 @@ def launch(
         compiled = triton.compile(source(function, arguments, constants), options=options)
         _compiled[key] = compiled
     if _a_hook_listens():
-        compiled[programs, 1, 1](*arguments, *constants)
+        compiled[programs](*arguments, *constants)
         return
     # As above, less what only hooks ask for.
     stream = triton.runtime.driver.active.get_current_stream(device)
     run = compiled.run  # loads the kernel at first
     kernel, metadata = compiled.function, compiled.packed_metadata
-    run(programs, 1, 1, stream, kernel, metadata, None, None, None, *arguments, *constants)
+    run(*programs, stream, kernel, metadata, None, None, None, *arguments, *constants)
 
 
 def _a_hook_listens() -> bool:

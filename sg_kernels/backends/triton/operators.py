@@ -39,7 +39,7 @@ FLOATS = {
 """What features and gradients are read as."""
 NUMBERS = {torch.uint8: tl.uint8, **FLOATS}
 """What images are read and written as where they come out standardised."""
-NO_PAIRING = Pairing(programs=0, rank=0, seed=0)
+NO_PAIRING = Pairing(programs=0, rank=0, seed=0, keep_prob=0, prob=0)
 
 
 def _blocks(count: int, size: int) -> int:
@@ -104,20 +104,21 @@ def channel_saliency(features: Tensor) -> Tensor:
     size = Size(h, w)
     if plan.map_too_large(size, (1, 1)):
         return reference.channel_saliency(features)
-    block, sums, splits = plan.saliency(*_layout(features), multiprocessors(features.get_device()))
+    block, sums = plan.saliency(*_layout(features), multiprocessors(features.get_device()))
+    splits = sums.splits
     partials = saliency
     if splits > 1:
         partials = features.new_empty(splits, batch, h, w, dtype=torch.float32)
     with _on(features):
         launch(
             saliency_kernel,
-            batch * splits * sums.tiles,
+            (batch * splits * sums.tiles, 1, 1),
             plan.THREADS,
             (
                 SaliencyMemory(features.data_ptr(), partials),
                 batch,
                 sums,
-                Maps(splits, size, size, Size(1, 1)),
+                Maps(size, size, Size(1, 1)),
                 NO_PAIRING,
             ),
             False,
@@ -154,7 +155,7 @@ def _graft(
     with _on(images):
         launch(
             graft_kernel,
-            out.shape[0] * tile.tiles.total,
+            (out.shape[0] * tile.tiles.total, 1, 1),
             plan.THREADS,
             (
                 GraftMemory(
@@ -190,7 +191,7 @@ def _graft_backward(grad: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> N
     with _on(grad):
         launch(
             graft_backward_kernel,
-            out.shape[0] * tile.tiles.total,
+            (out.shape[0] * tile.tiles.total, 1, 1),
             plan.THREADS,
             (
                 GraftMemory(grad.data_ptr(), out.data_ptr(), mask.contiguous(), index.contiguous()),
@@ -215,7 +216,7 @@ def mix_targets(
     with _on(lam):
         launch(
             mix_targets_kernel,
-            rows * tiles,
+            (rows * tiles, 1, 1),
             plan.THREADS,
             (
                 MixMemory(targets.contiguous(), lam.contiguous(), index.contiguous(), mixed),
@@ -254,8 +255,8 @@ def saliency_graft(*args: Any) -> Outputs:
         return outputs if call.out is not None else outputs._replace(images=out)
     outputs = _empty_outputs(planned, call, out)
     with _on(images):
-        maps, call_seed = _launch_1(planned, call, source, outputs)
-        _launch_2(planned, call, maps, call_seed, out, outputs)
+        maps, drawn = _launch_1(planned, call, source, outputs)
+        _launch_2(planned, call, maps, drawn, out, outputs)
     if not planned.at_once:
         _graft(images, outputs.mask, outputs.index, out, call.depth, _affine(call))
     return outputs
@@ -281,22 +282,22 @@ def _empty_outputs(planned: plan.Plan, call: Call, out: Tensor) -> Outputs:
 def _launch_1(
     planned: plan.Plan, call: Call, source: Tensor, outputs: Outputs
 ) -> tuple[Tensor, Tensor]:
-    """Sums the channels and draws the pairing. Returns what launch 2 reads: maps and seed."""
-    block, sums, splits = planned.saliency
+    """Sums the channels; draws the pairing and p. Returns what launch 2 reads: maps and draws."""
+    block, sums = planned.saliency
     images, seed, batch = call.images, call.seed, planned.rows.batch
     partials, grid = outputs.saliency, None
-    if splits > 1:
-        partials = images.new_empty(splits, *partials.shape, dtype=torch.float32)
+    if sums.splits > 1:
+        partials = images.new_empty(sums.splits, *partials.shape, dtype=torch.float32)
     if planned.gridded:
         grid = images.new_empty(batch, *planned.maps.grid, dtype=torch.float32)
     if call.saliency is not None:
         source = source.contiguous()
-    call_seed = images.new_empty(1, dtype=torch.int64)
+    drawn = images.new_empty(1 + call.augmentations, dtype=torch.int64)
     on_host = seed.device != images.device
     programs = call.augmentations * _blocks(batch, SAMPLES.value)
     launch(
         saliency_kernel,
-        programs + batch * splits * sums.tiles,
+        (programs + batch * sums.splits * sums.tiles, 1, 1),
         plan.THREADS,
         (
             SaliencyMemory(
@@ -305,27 +306,34 @@ def _launch_1(
                 grid=grid,
                 index=outputs.index,
                 given_index=None if call.index is None else call.index.contiguous(),
-                call_seed=call_seed,
+                drawn=drawn,
                 seed=None if on_host else seed,
                 step=call.step,
+                quantiles=call.quantiles,
             ),
             batch,
             sums,
             planned.maps,
-            Pairing(programs, call.rank, int(seed) if on_host else 0),
+            Pairing(
+                programs=programs,
+                rank=call.rank,
+                seed=int(seed) if on_host else 0,
+                keep_prob=int(call.keep_prob * rng.ONE),
+                prob=int(call.prob * rng.ONE),
+            ),
         ),
         call.no_fixed_points,
         FLOATS[source.dtype],
         block,
     )
-    return partials if grid is None else grid, call_seed
+    return partials if grid is None else grid, drawn
 
 
 def _launch_2(
     planned: plan.Plan,
     call: Call,
     maps: Tensor,
-    call_seed: Tensor,
+    drawn: Tensor,
     out: Tensor,
     outputs: Outputs,
 ) -> None:
@@ -333,17 +341,16 @@ def _launch_2(
     targets, rows, tile = call.targets, planned.rows, planned.tile
     launch(
         saliency_graft_kernel,
-        rows.rows * (rows.parts + (rows.parts > 1)),
+        (rows.batch, call.augmentations, rows.parts + (rows.parts > 1)),
         planned.threads,
         (
             RowsMemory(
                 images=call.images.data_ptr(),
                 out=out.data_ptr(),
                 maps=maps,
-                saliency=outputs.saliency if planned.saliency.splits > 1 else None,
-                call_seed=call_seed,
+                saliency=outputs.saliency if planned.cells.splits > 1 else None,
+                drawn=drawn,
                 step=call.step,
-                quantiles=call.quantiles,
                 given_mask=None if call.mask is None else call.mask.contiguous(),
                 index=outputs.index,
                 targets=None if targets is None else targets.contiguous(),
@@ -359,8 +366,6 @@ def _launch_2(
                 temperature=call.temperature,
                 threshold=call.threshold,
                 k=call.k or 0,
-                keep_prob=int(call.keep_prob * rng.ONE),
-                prob=int(call.prob * rng.ONE),
                 num_classes=call.num_classes,
                 label_smoothing=call.label_smoothing,
             ),

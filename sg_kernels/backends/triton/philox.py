@@ -32,6 +32,13 @@ def word(position, row, draw, stream, seed):
 
 
 @triton.jit
+def words_in_order(BLOCKS: tl.constexpr, row, draw, stream, seed):
+    """The first words of a row and draw of a stream. Threads compute whole blocks, and exchange."""
+    w0, w1, w2, w3 = words(tl.arange(0, BLOCKS), row, draw, stream, seed)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCKS * 4])
+
+
+@triton.jit
 def call_seed(seed, step, rank):
     low, high, _, _ = words(step & 0xFFFFFFFF, (step >> 32) & 0xFFFFFFFF, rank, CALL, seed)
     return low.to(tl.int64) | (high.to(tl.int64) << 32)

@@ -45,6 +45,8 @@ MAX_EXTENT = 2**30
 """Most bytes of an image, and most cells times a side: kernels count both in 32 bits, with room for
 a tile that reaches past the end. Larger calls use the reference."""
 
+MAX_DRAWS = 65535
+"""Most augmentations: the second axis of a launch ends there. Larger calls use the reference."""
 MAX_CELLS = 4096
 """Most cells per program; finer grids, as of 65 x 64, use the reference."""
 MAX_CELLS_IN_LAUNCH_2 = 1024
@@ -100,7 +102,9 @@ BLOCKS_OF_CELLS = (64, 256, 1024)
 PARALLEL_VALUES = 4096
 """Values that a program reads in parallel where a cell has too many for one thread."""
 TERMS_IN_FLIGHT = 4
-"""Loads in flight per thread where one thread sums a cell."""
+"""Loads in flight per thread where one thread sums the window of a cell."""
+SPLITS_IN_FLIGHT = 32
+"""The same, over all its cells, where their splits alone are summed: each takes a register."""
 
 ACCESSES = 4
 """Chunks per thread of a tile, all in flight at once."""
@@ -121,7 +125,6 @@ class Saliency(NamedTuple):
 
     block: Block
     sums: Sums
-    splits: int
 
 
 class Tile(NamedTuple):
@@ -206,7 +209,7 @@ def saliency(
     block = block._replace(unroll=UNROLL if row_count > SHORT_UNROLL * at_once else SHORT_UNROLL)
     in_chunks = [s // block.lanes for s in (strides[0], row_stride, strides[2], strides[3])]
     splits = splits_of(batch, tiles, row_count, at_once * block.unroll, h * w, multiprocessors)
-    return Saliency(block, Sums(tiles, row_count, *in_chunks), splits)
+    return Saliency(block, Sums(splits, tiles, row_count, *in_chunks))
 
 
 def _across_channels(
@@ -266,7 +269,7 @@ def given(map_cells: int, grid_cells: int, terms: int) -> Saliency:
     wanted = max(cdiv(map_cells, GIVEN_VALUES), cdiv(grid_cells, cells))
     block = Block("given", 1, parallel, cells, 1, 1)
     splits = 1 if map_cells else 0
-    return Saliency(block, Sums(min(MAX_GIVEN_TILES, wanted), 0, 0, 0, 0, 0), splits)
+    return Saliency(block, Sums(splits, min(MAX_GIVEN_TILES, wanted), 0, 0, 0, 0, 0))
 
 
 def map_too_large(map_size: tuple[int, int], grid_size: tuple[int, int]) -> bool:
@@ -373,6 +376,7 @@ def tile(
     tiles = Tiles(
         total=max(1, across * cdiv(line_count, lines)),
         across=across,
+        per_across=reciprocal(across),
         lines=line_count,
         chunks=chunk_count,
         step=elements if uniform else unit_bytes // itemsize,
@@ -380,23 +384,28 @@ def tile(
         source=Strides(*[stride // elements for stride in strides]),
         out=Strides(*[stride // elements for stride in out_strides]),
     )
-    layout = Layout(channels_last, strided, uniform, lines, chunks, lanes)
+    planes = depth > 1 or not channels_last
+    layout = Layout(channels_last, planes, strided, uniform, lines, chunks, lanes)
     return Tile(layout, unit_bytes, tiles)
 
 
-def cells(grid_cells: int, values: int) -> tuple[Cells, int, bool]:
-    """How launch 2 holds a grid whose cells are sums of ``values`` each; its threads; and whether
-    every program of it works out the mask.
+def cells(maps: Maps, splits: int) -> tuple[Cells, int, bool]:
+    """How launch 2 holds a grid of the maps; its threads; and whether every program of it works
+    out the mask.
     """
+    size, grid, window = maps
+    grid_cells, values = grid.height * grid.width, splits * window.height * window.width
+    resampled = splits > 0 and grid != size
     block = next((size for size in BLOCKS_OF_CELLS if size >= grid_cells), None)
     at_once = block is not None
     block = block or next_power_of_2(grid_cells)
     threads = WARP if block <= BLOCKS_OF_CELLS[0] else THREADS if at_once else MANY_THREADS
-    terms = values * (block // threads)
-    if terms > MAX_TERMS:
+    held = block // threads
+    if values * held > MAX_TERMS:
         parallel = max(1, PARALLEL_VALUES // block)
-        return Cells(block, parallel, 1), max(threads, THREADS), False
-    return Cells(block, 1, min(values, TERMS_IN_FLIGHT)), threads, at_once
+        return Cells(block, splits, resampled, parallel, 1), max(threads, THREADS), False
+    most = TERMS_IN_FLIGHT if resampled else SPLITS_IN_FLIGHT // held
+    return Cells(block, splits, resampled, 1, max(1, min(values, most))), threads, at_once
 
 
 @lru_cache(maxsize=1024)
@@ -419,21 +428,21 @@ def saliency_graft(
 ) -> Plan | None:
     """The source: a ``ready`` map, or features. None for what is too large, and for no rows."""
     size, grid = Size(*source_shape[-2:]), Size(*grid_size)
-    if rows == 0 or map_too_large(size, grid):
+    if rows == 0 or rows // shape[0] > MAX_DRAWS or map_too_large(size, grid):
         return None
     windows = Size(window(size.height, grid.height), window(size.width, grid.width))
-    averaged = windows.height * windows.width
-    grid_cells = grid.height * grid.width
     if ready:
-        summed, values = given(size.height * size.width, grid_cells, averaged), 1
+        averaged = windows.height * windows.width
+        summed = given(size.height * size.width, grid.height * grid.width, averaged)
     else:
         summed = saliency(
             source_shape, source_strides, source_itemsize, source_aligned, multiprocessors
         )
-        values = summed.splits * averaged
-    maps = Maps(summed.splits, size, grid, windows)
-    gridded = ready and grid != size and summed.splits > 0
-    held, threads, at_once = cells(grid_cells, values)
+    splits = summed.sums.splits
+    maps = grids = Maps(size, grid, windows)
+    if gridded := ready and grid != size and splits > 0:
+        grids = Maps(grid, grid, Size(1, 1))
+    held, threads, at_once = cells(grids, splits)
     copied = tile(
         rows,
         shape,
@@ -454,10 +463,10 @@ def saliency_graft(
         saliency=summed,
         maps=maps,
         gridded=gridded,
-        grids=maps._replace(size=grid, window=Size(1, 1)) if gridded else maps,
+        grids=grids,
         cells=held,
         threads=threads,
         tile=copied,
-        rows=Rows(shape[0], rows, parts),
+        rows=Rows(shape[0], parts),
         at_once=at_once,
     )

@@ -27,37 +27,32 @@ def saliency_graft_kernel(
     LAYOUT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Every program works out the mask of its sample. The first ``rows`` programs write it, with
-    lam and target, of one row each; ``parts`` programs share the tiles of a row. If several do,
-    they are other programs, since one that did both would finish last. Without GRAFTS nothing is
-    copied.
+    """Every program works out the mask of its row, of a sample (the first axis) in a draw (the
+    second). One writes it, with lam and target; ``parts`` programs share the tiles of a row. If
+    several do, they are others than the one that writes, since one that did both would finish last.
+    Without GRAFTS nothing is copied.
     """
     NORM: tl.constexpr = STAGES.norm
     TARGETS: tl.constexpr = STAGES.targets
     if OVERLAPS:  # with the end of launch 1, whose writes are read from here on
         tl.extra.cuda.gdc_wait()
-    program = tl.program_id(0)
-    row, part = program % rows.rows, program // rows.rows - tl.cast(rows.parts > 1, tl.int32)
-    draw, own = row // rows.batch, (row % rows.batch).to(tl.int64)
-    row = row.to(tl.int64)
-    if memory.step is not None and program == 0:  # launch 1 has read it
-        tl.store(memory.step, tl.load(memory.step) + 1)
+    own, draw = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = draw * rows.batch + own
+    writes = tl.program_id(2) == 0
+    part = tl.program_id(2) - tl.cast(rows.parts > 1, tl.int32)
 
-    seed = tl.load(memory.call_seed)
-    other, known = destination_of(memory.index, row, own, rows.batch)
     grid_cells = maps.grid.height * maps.grid.width
     cell = tl.arange(0, CELLS.cells)
     valid = cell < grid_cells
-    grid = cells.resample(
-        memory.maps, maps, rows.batch, own, cell, valid, True, CELLS.terms, CELLS.unroll
-    )
-    p, grafts = cells.draw_keep_prob(draw, seed, memory.quantiles, options)
+    seed, p = tl.load(memory.drawn), tl.load(memory.drawn + 1 + draw)
+    grid = cells.grid_of(memory.maps, maps, rows.batch, own, cell, valid, CELLS)
+    other, known = destination_of(memory.index, row, own, rows.batch)
     if memory.given_mask is None:
         keep = cells.select(grid, cell, valid, grid_cells, options, STAGES, CELLS.cells)
         kept = cells.sample(keep, cell, own, draw, seed, p)
     else:
         kept = tl.load(memory.given_mask + row * grid_cells + cell, mask=valid, other=0) != 0
-    kept = cells.gate(kept, valid, grafts)
+    kept = cells.gate(kept, valid, p)
 
     if GRAFTS and part >= 0:
         bits = cells.bits_of(kept)
@@ -69,13 +64,13 @@ def saliency_graft_kernel(
                 memory, tiles, row, own, other, place, inside, from_own, UNIT, OUT_UNIT, LAYOUT
             )
 
-    if program < rows.rows:
+    if writes:
         tl.store(memory.mask + row * grid_cells + cell, kept, mask=valid)
+        if memory.saliency is not None and draw == 0:
+            store_saliency(memory, maps, rows.batch, own, grid, cell, valid, CELLS)
+        other_grid = cells.grid_of(memory.maps, maps, rows.batch, other, cell, valid, CELLS)
         own_class, other_class, known = cells.classes_of(
             memory.targets, own, other, known, options.num_classes, TARGETS
-        )
-        other_grid = cells.resample(
-            memory.maps, maps, rows.batch, other, cell, valid, True, CELLS.terms, CELLS.unroll
         )
         lam = cells.label_ratio(grid, other_grid, kept, valid, grid_cells, NORM)
         lam = tl.where(known, lam, float("nan"))
@@ -94,24 +89,27 @@ def saliency_graft_kernel(
                     options.label_smoothing,
                     TARGETS,
                 )
-        if memory.saliency is not None and draw == 0:
-            map_cells = maps.size.height * maps.size.width
-            for start in range(0, map_cells, CELLS.cells):
-                place = start + cell
-                exists = place < map_cells
-                value = cells.sum_values(
-                    memory.maps,
-                    maps,
-                    rows.batch,
-                    own,
-                    place,
-                    exists,
-                    None,
-                    True,
-                    CELLS.terms,
-                    CELLS.unroll,
-                )
-                tl.store(memory.saliency + own * map_cells + place, value, mask=exists)
+        if memory.step is not None and row == 0:  # launch 1 has read it
+            tl.store(memory.step, tl.load(memory.step) + 1)
+
+
+@triton.jit
+def store_saliency(memory, maps, batch, sample, grid, cell, valid, CELLS: tl.constexpr):
+    """The map whole, which is the grid where that has its size."""
+    SPLITS: tl.constexpr = CELLS.splits
+    UNROLL: tl.constexpr = 4 if SPLITS > 4 else SPLITS
+    map_cells = maps.size.height * maps.size.width
+    saliency = memory.saliency + sample * map_cells
+    if CELLS.resampled:
+        for start in range(0, map_cells, CELLS.cells):
+            place = start + cell
+            exists = place < map_cells
+            value = cells.sum_splits(
+                memory.maps, map_cells, batch, sample, place, exists, SPLITS, UNROLL
+            )
+            tl.store(saliency + place, value, mask=exists)
+    else:
+        tl.store(saliency + cell, grid, mask=valid)
 
 
 @triton.jit

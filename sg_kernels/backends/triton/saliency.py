@@ -1,4 +1,4 @@
-"""Launch 1: the channel saliency (stage 1), the pairing, and the seed of the call."""
+"""Launch 1: the channel saliency (stage 1), the pairing, p and the seed of the call."""
 
 import triton
 import triton.language as tl
@@ -14,10 +14,15 @@ TICKETS = tl.constexpr(64)
 
 
 @triton.jit
-def draw_pairing(program, batch, memory, key, NO_FIXED_POINTS: tl.constexpr):
+def draw_pairing(program, batch, memory, pairing, key, NO_FIXED_POINTS: tl.constexpr):
+    """The pairing of some samples in a draw, and p. Each program of a draw stores the same p, as a
+    branch would cost registers.
+    """
     tiles = tl.cdiv(batch, SAMPLES)
     draw = program // tiles
     sample = (program % tiles) * SAMPLES + tl.arange(0, SAMPLES)
+    p = cells.draw_keep_prob(draw, key, memory.quantiles, pairing)
+    tl.store(memory.drawn + 1 + draw, p)
     row = draw.to(tl.int64) * batch + sample
     exists = sample < batch
     if memory.given_index is None:
@@ -105,7 +110,7 @@ def check_map(given, memory, maps, batch, sample, part, parts, BLOCK: tl.constex
         for start in range(part * BLOCK.chunks, grid_cells, parts * BLOCK.chunks):
             cell = start + tl.arange(0, BLOCK.chunks)
             valid = cell < grid_cells
-            value = cells.resample(given, maps, batch, sample, cell, valid, False, BLOCK.rows, 1)
+            value = cells.resample(given, maps, batch, sample, cell, valid, 1, False, BLOCK.rows, 1)
             tl.store(memory.grid + sample * grid_cells + cell, value, mask=valid)
 
 
@@ -132,12 +137,12 @@ def saliency_kernel(
             if memory.step is not None:  # which launch 2 advances
                 key = philox.call_seed(key, tl.load(memory.step), pairing.rank)
             if program == 0:
-                tl.store(memory.call_seed, key)
-            draw_pairing(program, batch, memory, key, NO_FIXED_POINTS)
+                tl.store(memory.drawn, key)
+            draw_pairing(program, batch, memory, pairing, key, NO_FIXED_POINTS)
     else:
         task = program - pairing.programs
-        tile, split = task % sums.tiles, task // sums.tiles % maps.splits
-        sample = (task // sums.tiles // maps.splits).to(tl.int64)
+        tile, split = task % sums.tiles, task // sums.tiles % sums.splits
+        sample = (task // sums.tiles // sums.splits).to(tl.int64)
         if BLOCK.layout == "given":
             given = chunks_of(memory.source, ELEMENT, 1)
             check_map(given, memory, maps, batch, sample, tile, sums.tiles, BLOCK)
@@ -147,7 +152,7 @@ def saliency_kernel(
             size = maps.size
             partial = split.to(tl.int64) * batch + sample
             partial = memory.partials + partial * size.height * size.width
-            share = tl.cdiv(sums.rows, maps.splits)
+            share = tl.cdiv(sums.rows, sums.splits)
             first, last = split * share, min(sums.rows, (split + 1) * share)
             if BLOCK.layout == "channels_last":
                 sum_channels(features, partial, tile, first, last, size, sums, BLOCK)
