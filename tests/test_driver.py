@@ -49,7 +49,7 @@ def observed(session, monkeypatch):
     monkeypatch.setattr(launch, "_compiled", {})  # so that every test has a first launch
     monkeypatch.setattr(operators, "multiprocessors", lambda device: driver.MULTIPROCESSORS)
     launch.overlaps.cache_clear()
-    monkeypatch.setattr(operators, "overlaps", lambda device: launch.overlaps(0))
+    monkeypatch.setattr(operators, "overlaps", lambda device, number: launch.overlaps(0, number))
     seen = SimpleNamespace(recorder=session, memory=[], plans={})
 
     def launched(function, programs, threads, arguments, *constants):
@@ -310,7 +310,8 @@ def expected_launch_1(observed, call, planned, outputs):
         "pairing.prob": int(call.prob * 2**32),
     }
     programs = drawing + batch * splits * sums.tiles, 1, 1
-    return Expected(operators.saliency_kernel, programs, plan.THREADS, given)
+    overlaps = launch.OVERLAP == 2
+    return Expected(operators.saliency_kernel, programs, plan.THREADS, given, overlaps=overlaps)
 
 
 def expected_launch_2(observed, call, planned, outputs, out):
@@ -344,7 +345,7 @@ def expected_launch_2(observed, call, planned, outputs, out):
     parts = planned.rows.parts
     programs = len(call.images), call.augmentations, parts + 1 if parts > 1 else 1
     kernel = operators.saliency_graft_kernel
-    return Expected(kernel, programs, planned.threads, given, overlaps=launch.OVERLAP)
+    return Expected(kernel, programs, planned.threads, given, overlaps=launch.OVERLAP > 0)
 
 
 class OnHost(torch.Tensor):
@@ -469,8 +470,9 @@ def test_saliency_graft(observed, variant):
     check_launches(observed, operators.saliency_graft, calls, expected_saliency_graft)
 
 
-def test_saliency_graft_without_overlap(observed, monkeypatch):
-    monkeypatch.setattr(launch, "OVERLAP", False)
+@pytest.mark.parametrize("launches", [0, 2])
+def test_saliency_graft_with_other_overlaps(observed, monkeypatch, launches):
+    monkeypatch.setattr(launch, "OVERLAP", launches)
     calls = call_of(), call_of()
     check_launches(observed, operators.saliency_graft, calls, expected_saliency_graft)
 
@@ -479,7 +481,7 @@ def test_a_gpu_before_hopper_does_not_overlap(session, monkeypatch):
     launch.overlaps.cache_clear()
     ampere = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 80, 32))
     monkeypatch.setattr(driver.triton.runtime.driver, "_active", ampere)
-    assert not launch.overlaps(0)
+    assert not launch.overlaps(0, 2)
     launch.overlaps.cache_clear()
 
 

@@ -75,7 +75,7 @@ class Compiled(NamedTuple):
 
 
 def launches_of(
-    operator: Callable[..., Any], *args: Any, overlaps: bool = True
+    operator: Callable[..., Any], *args: Any, overlap: int = 1
 ) -> list[tuple[Any, ...]]:
     """What an operator would launch; its tensors need no memory."""
     recorded: list[tuple[Any, ...]] = []
@@ -86,7 +86,7 @@ def launches_of(
     with (
         mock.patch.object(operators, "launch", record),
         mock.patch.object(operators, "multiprocessors", return_value=MULTIPROCESSORS),
-        mock.patch.object(operators, "overlaps", return_value=overlaps),
+        mock.patch.object(operators, "overlaps", lambda device, number: overlap > 2 - number),
     ):
         operator(*args)
     return recorded
@@ -97,8 +97,10 @@ def meta(*shape: int, dtype: torch.dtype, channels_last: bool = False) -> Tensor
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
 
 
-def saliency_graft(images: Tensor, overlaps: bool = True, **options: Any) -> list[tuple[Any, ...]]:
-    """The launches of a call with class ids, a drawn pairing and a drawn p."""
+def saliency_graft(images: Tensor, overlap: int = 1, **options: Any) -> list[tuple[Any, ...]]:
+    """The launches of a call with class ids, a drawn pairing and a drawn p; ``overlap`` of the two
+    start while the kernel before ends.
+    """
     source = options.get("saliency", options.get("features"))
     grid_size = options.pop("grid_size", tuple(source.shape[-2:]))
     call = Call(
@@ -115,7 +117,7 @@ def saliency_graft(images: Tensor, overlaps: bool = True, **options: Any) -> lis
         quantiles=meta(1025, dtype=torch.int64),
         **options,
     )
-    return launches_of(operators.saliency_graft, *call, overlaps=overlaps)
+    return launches_of(operators.saliency_graft, *call, overlap=overlap)
 
 
 def size(*tensors: Tensor) -> int:
@@ -178,8 +180,10 @@ def other_kernels() -> Iterator[Launch]:
     yield Launch("graft topk", *recorded, 2 * size(images), True)
     recorded = saliency_graft(images, features=features, mask=mask)[1]
     yield Launch("graft given mask", *recorded, 2 * size(images), True)
-    recorded = saliency_graft(images, overlaps=False, features=features)[1]
+    recorded = saliency_graft(images, overlap=0, features=features)[1]
     yield Launch("graft, no overlap", *recorded, 2 * size(images), True)
+    recorded = saliency_graft(images, overlap=2, features=features)[0]
+    yield Launch("saliency, overlaps", *recorded, size(features), True)
     for name, tensor in (("graft odd sizes", odd), ("graft strided", sliced)):
         recorded = saliency_graft(tensor, features=features)[1]
         yield Launch(name, *recorded, 2 * size(tensor), False)
@@ -199,9 +203,8 @@ def compile_launch(launch: Launch, target: str) -> Any:
     """Compiles a launch exactly as it would be at run time on ``target``."""
     gpu = TARGETS[target]
     function, constants = launch.function, launch.constants
-    if function is operators.saliency_graft_kernel and not (
-        gpu.backend == "cuda" and gpu.arch >= 90
-    ):
+    two = operators.saliency_kernel, operators.saliency_graft_kernel
+    if function in two and not (gpu.backend == "cuda" and gpu.arch >= 90):
         constants = (*constants[:-1], False)  # the last is OVERLAPS
     return triton.compile(
         source(function, launch.arguments, constants),

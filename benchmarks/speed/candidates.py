@@ -35,7 +35,7 @@ class Candidate(NamedTuple):
 
 COPY, COMPILED = "copy_ of the same bytes", "compiled reference"
 STANDARDIZING, FIRST = "standardising alone", "standardising, then "
-IN_TURN = "triton, launches in turn"
+IN_TURN, BOTH_OVERLAP = "triton, launches in turn", "triton, both launches overlap"
 TARGETS, MAP_GIVEN, SALIENCY = ", targets", ", out=, map given", " channel_saliency"
 GRAFT = " graft"
 
@@ -67,15 +67,23 @@ def ours(backend: str) -> list[Candidate]:
 
 
 def in_turn(device: str) -> list[Candidate]:
-    """Triton, whose second launch waits for the end of the first: SG_KERNELS_OVERLAP=0."""
+    """Triton, whose launches wait for the end of the kernel before: SG_KERNELS_OVERLAP=0."""
+    return _overlapping(device, IN_TURN, False)
 
+
+def both_overlap(device: str) -> list[Candidate]:
+    """Triton, neither of whose launches does: SG_KERNELS_OVERLAP=2."""
+    return _overlapping(device, BOTH_OVERLAP, True)
+
+
+def _overlapping(device: str, name: str, overlaps: bool) -> list[Candidate]:
     def build(case: Case, data: Data) -> Run:
         graft = ours("triton")[0].build(case, data)
-        return replacing("overlaps", lambda device: False, graft)
+        return replacing("overlaps", lambda device, number: overlaps, graft)
 
     if "triton" not in own_backends(device):
         return []
-    return [Candidate(IN_TURN, build, whole=True, against=("",))]
+    return [Candidate(name, build, whole=True, against=("",))]
 
 
 def replacing(name: str, other: Any, run: Run) -> Run:
@@ -324,5 +332,5 @@ def everything(device: str) -> list[Candidate]:
     """All but what is compiled."""
     own = [each for name in own_backends(device) for each in (*ours(name), *stages(name))]
     launches = [two_launches()] if device == "cuda" else []
-    variants = [*in_turn(device), *tiles(device)]
+    variants = [*in_turn(device), *both_overlap(device), *tiles(device)]
     return [*own, *variants, EAGER, *copies(), *launches, *peers()]

@@ -98,17 +98,18 @@ for case in (cifar, imagenet, imagenet._replace(images=(4, 3, 20, 16), channels_
     assert run.returncode == 0, run.stderr
 
 
-def test_launches_in_turn_do_not_overlap_and_others_do_again(monkeypatch):
+@pytest.mark.parametrize("name", ["in_turn", "both_overlap"])
+def test_launches_overlap_as_a_candidate_says_and_then_as_before(monkeypatch, name):
     operators = pytest.importorskip("sg_kernels.backends.triton.operators")
     seen = []
-    fake = Candidate("triton", lambda case, data: lambda: seen.append(operators.overlaps(0)))
+    fake = Candidate("triton", lambda case, data: lambda: seen.append(operators.overlaps(0, 1)))
     monkeypatch.setattr(candidates, "ours", lambda backend: [fake])
-    monkeypatch.setattr(operators, "overlaps", lambda device: True)
+    monkeypatch.setattr(operators, "overlaps", lambda device, number: name == "in_turn")
     monkeypatch.setattr(candidates, "own_backends", lambda device: ["triton"])
-    run = candidates.in_turn("cuda")[0].build(CASE, None)
+    run = getattr(candidates, name)("cuda")[0].build(CASE, None)
     run()
-    seen.append(operators.overlaps(0))
-    assert seen == [False, True]
+    seen.append(operators.overlaps(0, 1))
+    assert seen == [name != "in_turn", name == "in_turn"]
 
 
 def test_random_data_is_never_flat():

@@ -12,8 +12,10 @@ from triton.compiler import ASTSource
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 runs the kernels on the CPU, to test them without a GPU."""
 
-OVERLAP = os.environ.get("SG_KERNELS_OVERLAP", "1") not in ("", "0")
-"""Whether launch 2 may start while launch 1 ends, where the GPU can."""
+OVERLAP = int(os.environ.get("SG_KERNELS_OVERLAP") or 1)
+"""How many launches of a call may start while the kernel before them ends, where the GPU can: none,
+the second alone, or both.
+"""
 POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*i1"}
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -26,11 +28,11 @@ def multiprocessors(device: int) -> int:
 
 
 @lru_cache
-def overlaps(device: int) -> bool:
-    """Whether a CUDA device lets a kernel start while the one before it ends, by its index:
-    programmatic dependent launch, from compute capability 9.0 on.
+def overlaps(device: int, number: int) -> bool:
+    """Whether launch 1 or 2 of a call starts while the kernel before it ends, on a CUDA device by
+    its index: programmatic dependent launch, from compute capability 9.0 on.
     """
-    if device < 0 or not OVERLAP:
+    if device < 0 or number <= 2 - OVERLAP:
         return False
     target = triton.runtime.driver.active.get_current_target()
     return target.backend == "cuda" and target.arch >= 90

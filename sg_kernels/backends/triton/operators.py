@@ -124,6 +124,7 @@ def channel_saliency(features: Tensor) -> Tensor:
             False,
             FLOATS[features.dtype],
             block,
+            False,
         )
     return partials.sum(0) if splits > 1 else saliency
 
@@ -325,6 +326,7 @@ def _launch_1(
         call.no_fixed_points,
         FLOATS[source.dtype],
         block,
+        overlaps(images.get_device(), 1),
     )
     return partials if grid is None else grid, drawn
 
@@ -380,5 +382,5 @@ def _launch_2(
         planned.at_once,
         *_units(call.images, out, tile, call.affine is not None),
         tile.layout,
-        overlaps(call.images.get_device()),
+        overlaps(call.images.get_device(), 2),
     )

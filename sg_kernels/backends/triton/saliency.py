@@ -124,10 +124,13 @@ def saliency_kernel(
     NO_FIXED_POINTS: tl.constexpr,
     ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """The first ``pairing.programs`` draw the pairing; each of the others takes a split and a tile
     of a sample.
     """
+    if OVERLAPS:  # with the end of the kernel before, which may have written what is read here
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     if program < pairing.programs:
         if memory.index is not None:
