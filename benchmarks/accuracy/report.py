@@ -166,7 +166,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     height = sum(0.9 + 0.3 * len(lines) for lines in found.values())
     ratios = [1 + len(lines) for lines in found.values()]
     figure, panels = plt.subplots(
-        len(found), figsize=(8, height), squeeze=False, layout="constrained",
+        len(found), figsize=(9, height), squeeze=False, layout="constrained",
         gridspec_kw={"height_ratios": ratios},
     )  # fmt: skip
     for panel, (title, lines) in zip(panels[:, 0], found.items()):
@@ -178,7 +178,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         labels = [f"{row.method}  ({row.error:.1f} %, {row.seeds})" for row in lines.itertuples()]
         panel.set_yticks(places, labels)
         panel.axvline(0, color="black", linewidth=1)
-        panel.set_title(title, loc="left", fontsize=10)
+        panel.set_title(title, loc="left", fontsize=9)
         style_rows(panel)
     figure.supxlabel(
         "test error minus CutMix's, points, with its 95 % interval; left is better", fontsize=10
