@@ -109,10 +109,9 @@ def groups(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
             if budget == "steps":
                 of_budget = pd.concat([plain, of_budget])
             of_budget = of_budget.drop_duplicates(["method", "seed"])
-            shown = "" if test == "plain" else f", {test}"
             size = f"{images} images, {network}, {steps} steps of {batch}"
-            for experiment, part in parts(of_budget):
-                found[f"{data}{shown}, {words}, {experiment}: {size}"] = part
+            for experiment, part in parts(of_budget) if test == "plain" else [(test, of_budget)]:
+                found[f"{data}, {words}, {experiment}: {size}"] = part
     return found
 
 
