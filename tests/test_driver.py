@@ -7,6 +7,7 @@ from typing import NamedTuple, get_type_hints
 
 import pytest
 import torch
+from conftest import operator_call
 
 from sg_kernels import backends, rng
 from sg_kernels.backends import reference
@@ -367,13 +368,11 @@ def call_of(**options):
         "images": torch.rand(2, 3, 10, 8),
         "features": torch.rand(2, 16, 5, 4) if options.get("saliency") is None else None,
         "seed": torch.tensor([1]),
+        "quantiles": None,
         "grid_size": (5, 4),
-        "temperature": 0.2,
         "threshold": 1 / 20,
-        "normalize": NORMALIZE.index("max"),
-        "norm": NORM.index("l1"),
     }
-    return Call(**defaults | options)
+    return operator_call(**defaults | options)
 
 
 VARIANTS = {

@@ -24,7 +24,7 @@ from benchmarks.rivals import import_library
 from benchmarks.speed import measure, results
 from benchmarks.speed.measure import Timed
 from benchmarks.speed.readme import between_markers, markdown
-from benchmarks.speed.results import RESULTS, ROOT, Row, row_of
+from benchmarks.speed.results import RESULTS, ROOT, Row, measured_on, row_of
 from benchmarks.speed.step import OVER_CUTMIX
 
 PAGE = ROOT / "docs" / "recipes.md"
@@ -77,12 +77,11 @@ def measure_steps(setting: Setting, device: str, rounds: int) -> list[Row]:
         raise RuntimeError(f"{setting.network}: {failed}")
     of_half = samples.mul(PROB).add((1 - PROB) * samples["plain"], axis=0)
     samples[OF_HALF] = of_half[OF_HALF]
-    rows = []
+    rows, to = [], trained(setting, device)
     for recipe in RECIPES:
         where = (setting.network, setting.shape, recipe)
-        cost = methods.make(recipe, trained(setting, device)).cost
         rows.append(row_of(where, OVER_CUTMIX, samples[recipe] / of_half[CUTMIX], "x"))
-        rows.append(Row(*where, COUNTED, cost / PLAIN, "x"))
+        rows.append(Row(*where, COUNTED, methods.make(recipe, to).cost / PLAIN, "x"))
     return rows
 
 
@@ -133,10 +132,8 @@ def table_of(rows: pd.DataFrame) -> str:
             f"{line.value:.2f} ({line.p20:.2f} .. {line.p80:.2f})"
             for line in (measured.loc[recipe] for recipe in RECIPES)
         ]
-    run = rows.iloc[0]
-    torch_version = next(each for each in run.versions.split("; ") if each.startswith("torch "))
-    where = f"{run.device}, {torch_version}, {run.date[:10]}, commit {run.commit}"
-    caption = f"{where}: medians of {rows.rounds.max()} rounds, with the 20th and 80th percentile."
+    medians = f"medians of {rows.rounds.max()} rounds, with the 20th and 80th percentile."
+    caption = f"{measured_on(rows.iloc[0])}: {medians}"
     return f"{caption}\n\n{markdown(pd.DataFrame(columns))}"
 
 

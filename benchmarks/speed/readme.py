@@ -30,7 +30,7 @@ from benchmarks.speed.compare import (
 from benchmarks.speed.host import HOST_TIME, RECORDED
 from benchmarks.speed.measure import DEVICE_COUNTERS
 from benchmarks.speed.memory import LATER_PEAK, PEAK
-from benchmarks.speed.results import RESULTS, ROOT, Row, find, read
+from benchmarks.speed.results import RESULTS, ROOT, Row, find, measured_on, read
 from benchmarks.speed.step import HALF, OVER_CUTMIX
 
 FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -160,9 +160,8 @@ def machine(rows: pd.DataFrame, path: Path) -> str:
     )
     table.index.name = "Speed-up over other libraries (higher is better)"
     run, rounds = rows.iloc[0], rows.rounds.max()
-    torch = next(each for each in run.versions.split("; ") if each.startswith("torch "))
     caption = (
-        f"`{own}` on {run.device}, {torch}, {run.date[:10]}, commit {run.commit}: medians of up to "
+        f"`{own}` on {measured_on(run)}: medians of up to "
         f"{rounds} interleaved rounds ([all figures](benchmarks/results/{path.name})). Adapters "
         "are our versions of papers that no library provides."
     )

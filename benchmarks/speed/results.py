@@ -108,6 +108,12 @@ def device_name(device: str) -> str:
     return f"{model[1] if model else 'CPU'}, {torch.get_num_threads()} threads"
 
 
+def measured_on(run: pd.Series) -> str:
+    """Where and when a row was measured, in words."""
+    torch_version = next(each for each in run.versions.split("; ") if each.startswith("torch "))
+    return f"{run.device}, {torch_version}, {run.date[:10]}, commit {run.commit}"
+
+
 def file_name(device: str) -> str:
     return "gpu" if device == "cuda" else device
 
