@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import setuptools
 
@@ -28,6 +29,7 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import SetupError
 
 CPU, CUDA = "sg_kernels.libsg_kernels_cpu", "sg_kernels.libsg_kernels_cuda"
+TRITON = "sg_kernels.libsg_kernels_triton"
 ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 SANITIZE = os.environ.get("SG_KERNELS_SANITIZE", "")
 LIBRARIES = ["torch", "torch_cpu", "c10"]
@@ -79,14 +81,15 @@ def torch_includes() -> list[str]:
     return [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
 
 
-def cpu_library() -> Extension:
+def host_library(name: str, sources: list[str], headers: list[str], macros: list[Any]) -> Extension:
+    """Compiled by the C++ compiler of the host."""
     extension = Extension(
-        CPU,
-        sources=files("*.cpp", "cpu/*.cpp"),
-        depends=files("*.h", "cpu/*.h"),
+        name,
+        sources=sources,
+        depends=headers,
         library_dirs=cpp_extension.library_paths(),
         libraries=LIBRARIES,
-        define_macros=[TARGET, ("SG_KERNELS_BACKEND", '"cpp"'), ("SG_KERNELS_DEVICE", "CPU")],
+        define_macros=[TARGET, *macros],
         extra_compile_args=[
             *torch_includes(),
             "-std=c++17",
@@ -105,6 +108,16 @@ def cpu_library() -> Extension:
         extension.extra_compile_args += sanitized
         extension.extra_link_args += [f"-fsanitize={SANITIZE}"]
     return extension
+
+
+def cpu_library() -> Extension:
+    macros = [("SG_KERNELS_BACKEND", '"cpp"'), ("SG_KERNELS_DEVICE", "CPU")]
+    return host_library(CPU, files("*.cpp", "cpu/*.cpp"), files("*.h", "cpu/*.h"), macros)
+
+
+def triton_library() -> Extension:
+    """What repeats the Triton backend's calls; neither CUDA nor Triton is needed to build it."""
+    return host_library(TRITON, files("triton/*.cpp", "glibc.cpp"), [], [])
 
 
 def check_compiler() -> None:
@@ -236,7 +249,7 @@ else:
     except ModuleNotFoundError:
         sys.exit("sg_kernels is built against PyTorch: pip install 'torch>=2.10', then build again")
     PLAN = "compiling the CPU library"
-    extensions.append(cpu_library())
+    extensions += [cpu_library(), triton_library()]
     if reason := why_no_cuda():
         PLAN += f"; no CUDA library: {reason}"
     else:

@@ -42,7 +42,9 @@ def facts() -> Iterator[tuple[str, str]]:
     for backend, devices in backends.DEVICES.items():
         runs = f"runs, on {', '.join(devices)} tensors"
         yield f"backend {backend}", unavailable.get(backend, runs)
-    for variable in ("SG_KERNELS_BACKEND", "SG_KERNELS_DEBUG", "SG_KERNELS_OVERLAP"):
+    yield "repeated calls", backends.load(backends.TRITON_LIBRARY) or "on the triton backend"
+    for setting in ("BACKEND", "DEBUG", "OVERLAP", "REPEAT"):
+        variable = f"SG_KERNELS_{setting}"
         yield variable, os.environ.get(variable, "not set")
 
 

@@ -102,11 +102,16 @@ SCHEMA_TYPES = {
 }
 
 
-def schema() -> str:
-    """The operator's schema, less its name."""
-    arguments = []
+def parameters() -> str:
+    """The operator's parameters, as a schema lists them."""
+    listed = []
     for name, kind in get_type_hints(Call).items():
         written = f"Tensor({WRITTEN[name]}!)?" if name in WRITTEN else SCHEMA_TYPES[kind]
-        arguments.append(f"{written} {name}")
+        listed.append(f"{written} {name}")
+    return ", ".join(listed)
+
+
+def schema() -> str:
+    """The operator's schema, less its name."""
     results = [f"Tensor {name}" for name in Outputs._fields]
-    return f"({', '.join(arguments)}) -> ({', '.join(results)})"
+    return f"({parameters()}) -> ({', '.join(results)})"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sg_kernels import backends, rng
 from sg_kernels.backends import reference
-from sg_kernels.call import Call, Outputs, schema
+from sg_kernels.call import Call, Outputs, parameters, schema
 
 SCHEMAS = {
     "channel_saliency": "(Tensor features) -> Tensor",
@@ -118,6 +118,9 @@ for _name, _schema in SCHEMAS.items():
     for _device in backends.DEVICES["triton"]:
         _library.impl(f"{_name}.triton", _triton(_name), _device.upper())
 
+_library.define(f"repeat({parameters()}, int overlap, Tensor? prepared=None) -> Tensor[]")
+_library.define("forget() -> ()")
+
 _library.define("draw_seed(Tensor blank) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 torch.library.register_fake("sg_kernels::draw_seed", torch.empty_like, lib=_library)
 _library.impl("draw_seed", lambda blank: blank.clone().random_(), "CompositeExplicitAutograd")
@@ -171,8 +174,8 @@ def _table(option: str, key: tuple[Any, ...], make: Callable[..., Tensor]) -> Te
     if table is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"{option}: its first call copies a table to the device, which a CUDA graph "
-                "cannot capture. Make one call before capturing, or use SaliencyGraft"
+                f"{option}: the first call with such a value copies a table to the device, which a "
+                "CUDA graph cannot capture. Make one call before capturing, or use SaliencyGraft"
             )
         table = torch.func.debug_unwrap(make(*given).to(device))
         if type(table) is Tensor:  # a mode that traces makes fake ones
@@ -192,7 +195,7 @@ def _forget_tables() -> None:
 
 def quantiles(alpha: float, device: torch.device) -> Tensor:
     """:func:`rng.beta_quantiles` on ``device``, cached."""
-    return _table(f"alpha={alpha}", (alpha, device), rng.beta_quantiles)
+    return _table("alpha", (alpha, device), rng.beta_quantiles)
 
 
 def affine(

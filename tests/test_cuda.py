@@ -197,7 +197,9 @@ def test_an_infinite_norm_gives_the_area_ratio(backend, norm):
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm lists a library's symbols")
 @pytest.mark.parametrize(
-    "library", [backends.CPP_LIBRARY, backends.CUDA_LIBRARY], ids=["cpu", "cuda"]
+    "library",
+    [backends.CPP_LIBRARY, backends.CUDA_LIBRARY, backends.TRITON_LIBRARY],
+    ids=["cpu", "cuda", "triton"],
 )
 def test_a_library_uses_only_the_stable_abi_of_torch(library):
     if not library.exists():

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from sg_kernels.backends.triton import launch, operators, plan
+from sg_kernels.backends.triton import launch, operators, plan, repeat
 from sg_kernels.backends.triton.saliency import SAMPLES
 
 TYPES = {
@@ -49,13 +49,13 @@ def observed(session, monkeypatch):
     """What the operators launch on an H100, and what the plan answered them."""
     monkeypatch.setattr(launch, "_compiled", {})  # so that every test has a first launch
     monkeypatch.setattr(operators, "multiprocessors", lambda device: driver.MULTIPROCESSORS)
-    launch.overlaps.cache_clear()
+    launch._can_overlap.cache_clear()
     monkeypatch.setattr(operators, "overlaps", lambda device, number: launch.overlaps(0, number))
     seen = SimpleNamespace(recorder=session, memory=[], plans={})
 
-    def launched(function, programs, threads, arguments, *constants):
-        seen.memory.append(arguments[0])
-        launch.launch(function, programs, threads, arguments, *constants)
+    def launched(given):
+        seen.memory.append(given.arguments[0])
+        launch.launch(given)
 
     def answering(name, function):
         def ask(*arguments):
@@ -212,7 +212,7 @@ def expected_channel_saliency(observed, arguments, saliency):
         "maps.window.width": 1,
         "pairing.programs": 0,
         "pairing.rank": 0,
-        "pairing.seed": 0,
+        "pairing.host_seed": 0,
         "pairing.keep_prob": 0,
         "pairing.prob": 0,
     }
@@ -306,7 +306,7 @@ def expected_launch_1(observed, call, planned, outputs):
         "batch": batch,
         "pairing.programs": drawing,
         "pairing.rank": call.rank,
-        "pairing.seed": int(call.seed) if on_host else 0,
+        "pairing.host_seed": int(call.seed) if on_host else 0,
         "pairing.keep_prob": int(call.keep_prob * 2**32),
         "pairing.prob": int(call.prob * 2**32),
     }
@@ -469,6 +469,150 @@ def test_saliency_graft(observed, variant):
     check_launches(observed, operators.saliency_graft, calls, expected_saliency_graft)
 
 
+@pytest.fixture
+def repeating(observed, monkeypatch):
+    """The same, where Python makes only the first call of each layout."""
+    if not repeat.AVAILABLE:
+        pytest.skip("libsg_kernels_triton.so is not built")
+    monkeypatch.setattr(repeat, "can_repeat", lambda images: not launch.a_hook_listens())
+    torch.ops.sg_kernels.forget()
+    yield observed
+    torch.ops.sg_kernels.forget()
+
+
+def same_layout(first):
+    """The options of a call with other memory and numbers than ``first``."""
+    others = {"temperature": 0.7, "threshold": 0.11, "keep_prob": 0.2, "prob": 0.9}
+    others["label_smoothing"] = 0.3
+    others["seed"] = host(-12) if isinstance(first.get("seed"), OnHost) else torch.tensor([9])
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor) and name != "seed":
+            others[name] = value.clone()
+    return first | others
+
+
+def assert_same_but_for_fresh_memory(launches, expected, known):
+    """``known``: by an address in ``expected``, the one that ``launches`` must have."""
+    for arrived, wanted in zip(launches, expected, strict=True):
+        assert arrived._replace(values=[]) == wanted._replace(values=[])
+        for kind, value, other in zip(wanted.kernel.types, arrived.values, wanted.values):
+            # The address of an image is no pointer to the kernel.
+            if kind == "pointer" or other in known:
+                assert known.setdefault(other, value) == value
+            else:
+                assert value == other
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_repeated_call_launches_what_python_does(repeating, variant):
+    first, _ = VARIANTS[variant]
+    operators.saliency_graft(*call_of(**first))
+    call = call_of(**same_layout(first))
+    repeating.memory.clear()
+    repeating.recorder.take()
+    outputs = operators.saliency_graft(*call)
+    launches = repeating.recorder.take()
+    assert not repeating.memory, "Python made the call"
+    torch.ops.sg_kernels.forget()
+    wanted = operators.saliency_graft(*call)
+    assert repeating.memory
+    given = [value for value in call if isinstance(value, torch.Tensor)]
+    known = {tensor.data_ptr(): tensor.data_ptr() for tensor in given} | {0: 0}
+    for tensor, other in zip(outputs, wanted, strict=True):
+        assert (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
+        assert tensor.stride() == other.stride()
+        known[other.data_ptr()] = tensor.data_ptr()
+    assert_same_but_for_fresh_memory(launches, repeating.recorder.take(), known)
+
+
+def made_by_python(repeating, **options):
+    repeating.plans.clear()
+    operators.saliency_graft(*call_of(**options))
+    return bool(repeating.plans)
+
+
+OTHER_LAYOUTS = {
+    "images": torch.rand(2, 3, 12, 8),
+    "grid_size": (4, 4),
+    "normalize": NORMALIZE.index("none"),
+    "norm": NORM.index("l2"),
+    "features": torch.rand(2, 4, 5, 4, dtype=torch.float64),
+    "saliency": torch.rand(2, 5, 4),
+    "mask": torch.rand(2, 5, 4) < 0.5,
+    "index": torch.tensor([1, 0]),
+    "targets": torch.tensor([1, 0]),
+    "out": torch.empty(2, 3, 10, 8),
+    "step": torch.tensor([0]),
+    "rank": 1,
+    "quantiles": rng.beta_quantiles(1.0),
+    "k": 3,
+    "augmentations": 2,
+    "no_fixed_points": True,
+    "num_classes": 5,
+    "depth": 2,
+    "affine": reference.affine((1, 2, 3), (4, 5, 6), 3),
+    "dtype": 1,
+}
+SAME_LAYOUT = {"seed", "temperature", "threshold", "keep_prob", "prob", "label_smoothing"}
+
+
+def test_a_layout_is_all_of_a_call_but_what_is_passed_on():
+    assert OTHER_LAYOUTS.keys() | SAME_LAYOUT == set(Call._fields)
+    assert not OTHER_LAYOUTS.keys() & SAME_LAYOUT
+
+
+@pytest.mark.parametrize("option", OTHER_LAYOUTS)
+def test_another_layout_is_not_repeated(repeating, option):
+    given = {"features": None} if option == "saliency" else {}
+    assert made_by_python(repeating)
+    assert not made_by_python(repeating)
+    assert made_by_python(repeating, **given, **{option: OTHER_LAYOUTS[option]})
+    assert not made_by_python(repeating)
+
+
+def test_images_at_another_alignment_are_not_repeated(repeating):
+    memory = torch.rand(2 * 3 * 10 * 8 + 1)
+    aligned, odd = (memory[i : i + 480].view(2, 3, 10, 8) for i in (0, 1))
+    assert made_by_python(repeating, images=aligned)
+    assert made_by_python(repeating, images=odd)
+    assert not made_by_python(repeating, images=aligned)
+
+
+def test_other_overlaps_are_not_repeated(repeating, monkeypatch):
+    assert made_by_python(repeating)
+    monkeypatch.setattr(launch, "OVERLAP", 0)
+    assert made_by_python(repeating)
+
+
+def test_a_call_with_copies_of_its_tensors_is_not_repeated(repeating):
+    mask = (torch.rand(4, 3, 4) < 0.5)[::2]
+    for _ in range(2):
+        assert made_by_python(repeating, mask=mask, grid_size=(3, 4))
+
+
+def test_nothing_is_repeated_where_the_driver_is_not_found(repeating, monkeypatch):
+    monkeypatch.setattr(repeat, "driver_functions", lambda: None)
+    for _ in range(2):
+        assert made_by_python(repeating)
+
+
+def test_a_kernel_with_a_parameter_more_is_not_repeated(repeating, monkeypatch):
+    monkeypatch.setattr(repeat, "HIDDEN", 1)
+    for _ in range(2):
+        assert made_by_python(repeating)
+
+
+def test_python_makes_a_call_that_the_driver_refuses_to_repeat(repeating):
+    assert made_by_python(repeating)
+    repeating.recorder.take()
+    repeating.recorder.refuse(0)
+    assert made_by_python(repeating)
+    assert len(repeating.recorder.take()) == 2
+    repeating.recorder.refuse(1)
+    with pytest.raises(RuntimeError, match="launch 2 of saliency_graft: CUDA error 201"):
+        operators.saliency_graft(*call_of())
+
+
 @pytest.mark.parametrize("launches", [0, 2])
 def test_saliency_graft_with_other_overlaps(observed, monkeypatch, launches):
     monkeypatch.setattr(launch, "OVERLAP", launches)
@@ -477,11 +621,11 @@ def test_saliency_graft_with_other_overlaps(observed, monkeypatch, launches):
 
 
 def test_a_gpu_before_hopper_does_not_overlap(session, monkeypatch):
-    launch.overlaps.cache_clear()
+    launch._can_overlap.cache_clear()
     ampere = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 80, 32))
     monkeypatch.setattr(driver.triton.runtime.driver, "_active", ampere)
     assert not launch.overlaps(0, 2)
-    launch.overlaps.cache_clear()
+    launch._can_overlap.cache_clear()
 
 
 @pytest.mark.parametrize("channels", [16, 1024], ids=["whole", "splits"])
@@ -526,7 +670,7 @@ def test_mix_targets(observed, dense):
     check_launches(observed, operators.mix_targets, calls, expected_mix_targets)
 
 
-def test_a_profiler_is_told_of_each_launch(observed):
+def test_a_profiler_is_told_of_each_launch(repeating):
     names = []
     hook = triton.knobs.runtime.launch_enter_hook
 

@@ -6,6 +6,7 @@ Without one, `make gpu DRY=1` runs what of it also holds for interpreted and emu
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -324,6 +325,28 @@ def test_a_call_runs_on_the_current_stream(backend):
         result = saliency_graft(late, features, seed=1, backend=backend).images
     stream.synchronize()
     assert torch.equal(result, expected)
+
+
+@on_cuda
+def test_a_repeated_call_is_the_one_that_python_makes(monkeypatch):
+    operators = pytest.importorskip("sg_kernels.backends.triton.operators")
+    if not operators.repeat.AVAILABLE:
+        pytest.skip("libsg_kernels_triton.so is not built")
+    images, features, targets = batch_of(64, 64)
+
+    def call(seed):
+        options = {"targets": targets, "num_classes": 10, "backend": "triton"}
+        return saliency_graft(images.clone(), features.clone(), seed=seed, **options)
+
+    call(1)
+    launched = []
+    with monkeypatch.context() as patched:
+        patched.setattr(operators, "launch", launched.append)
+        with ThreadPoolExecutor(1) as threads:
+            repeated = threads.submit(call, 2).result()
+    assert not launched
+    monkeypatch.setattr(operators.repeat, "AVAILABLE", False)
+    assert_equal(repeated, call(2))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")

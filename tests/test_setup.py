@@ -136,9 +136,10 @@ def test_a_failing_nvcc_is_a_warning_or_with_cuda_demanded_an_error(tree):
 def test_a_build_without_the_library_removes_that_of_an_earlier_build(tree):
     library, arguments = tree.path / LIBRARY, ("build_ext", "--inplace", "--build-lib", "build/lib")
     # Where the compiler would leave it.
-    cpu = tree.path / "build/lib/sg_kernels/libsg_kernels_cpu.so"
-    cpu.parent.mkdir(parents=True)
-    cpu.touch()
+    built = tree.path / "build/lib/sg_kernels"
+    built.mkdir(parents=True)
+    for name in ("cpu", "triton"):
+        (built / f"libsg_kernels_{name}.so").touch()
     assert tree.setup(*arguments).returncode == 0
     assert library.read_text() == "a library"
     tree.fails()
@@ -238,7 +239,7 @@ def test_without_torch_a_build_says_what_to_install(tree):
     )
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
 def test_the_libraries_load_with_glibc_2_28(name):
     library = Path(sg_kernels.__file__).with_name(f"libsg_kernels_{name}.so")
     if not library.exists():

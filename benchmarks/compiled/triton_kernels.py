@@ -80,11 +80,8 @@ def launches_of(
     """What an operator would launch; its tensors need no memory."""
     recorded: list[tuple[Any, ...]] = []
 
-    def record(function: Any, programs: Any, threads: int, arguments: Any, *constants: Any) -> None:
-        recorded.append((function, programs, threads, arguments, constants))
-
     with (
-        mock.patch.object(operators, "launch", record),
+        mock.patch.object(operators, "launch", recorded.append),
         mock.patch.object(operators, "multiprocessors", return_value=MULTIPROCESSORS),
         mock.patch.object(operators, "overlaps", lambda device, number: overlap > 2 - number),
     ):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,35 +69,35 @@ def ours(backend: str) -> list[Candidate]:
 
 def in_turn(device: str) -> list[Candidate]:
     """Triton, whose launches wait for the end of the kernel before: SG_KERNELS_OVERLAP=0."""
-    return _overlapping(device, IN_TURN, False)
+    return _overlapping(device, IN_TURN, 0)
 
 
 def both_overlap(device: str) -> list[Candidate]:
     """Triton, neither of whose launches does: SG_KERNELS_OVERLAP=2."""
-    return _overlapping(device, BOTH_OVERLAP, True)
+    return _overlapping(device, BOTH_OVERLAP, 2)
 
 
-def _overlapping(device: str, name: str, overlaps: bool) -> list[Candidate]:
+def _overlapping(device: str, name: str, launches: int) -> list[Candidate]:
     def build(case: Case, data: Data) -> Run:
-        graft = ours("triton")[0].build(case, data)
-        return replacing("overlaps", lambda device, number: overlaps, graft)
+        from sg_kernels.backends.triton import launch
+
+        return replacing(launch, "OVERLAP", launches, ours("triton")[0].build(case, data))
 
     if "triton" not in own_backends(device):
         return []
     return [Candidate(name, build, whole=True, against=("",))]
 
 
-def replacing(name: str, other: Any, run: Run) -> Run:
-    """Calls with a name of the Triton operators bound to another object."""
-    from sg_kernels.backends.triton import operators
+def replacing(module: ModuleType, name: str, other: Any, run: Run) -> Run:
+    """Calls with a name of a module bound to another object."""
 
     def replaced() -> Any:
-        own = getattr(operators, name)
-        setattr(operators, name, other)
+        own = getattr(module, name)
+        setattr(module, name, other)
         try:
             return run()
         finally:
-            setattr(operators, name, own)
+            setattr(module, name, own)
 
     return replaced
 
@@ -111,8 +112,9 @@ def tiles(device: str) -> list[Candidate]:
 
     def three_axes(case: Case, data: Data) -> Run:
         from benchmarks.speed.tiles import graft_kernel
+        from sg_kernels.backends.triton import operators
 
-        return replacing("graft_kernel", graft_kernel, flat(case, data))
+        return replacing(operators, "graft_kernel", graft_kernel, flat(case, data))
 
     if "triton" not in own_backends(device):
         return []

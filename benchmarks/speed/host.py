@@ -15,16 +15,17 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 import sg_kernels
 from benchmarks.speed import measure, results
-from benchmarks.speed.candidates import Run, operator_call
+from benchmarks.speed.candidates import Run, operator_call, replacing
 from benchmarks.speed.cases import TINY, make_data
 from benchmarks.speed.results import Row, absent, row_of
 from sg_kernels import backends, ops
 
 HOST_TIME, OPERATORS = "host time", "operators per call"
-RECORDED = ", on a driver that records"
+RECORDED, BY_PYTHON = ", on a driver that records", ", made by Python"
 
 
 def calls_of(backend: str, device: str) -> dict[str, Run]:
@@ -64,18 +65,29 @@ def time_calls(calls: dict[str, Run], rounds: int) -> Iterator[list[Row]]:
 @contextmanager
 def triton_on_cpu() -> Iterator[None]:
     """The Triton backend takes tensors of the CPU, as if they lay on an H100."""
-    from sg_kernels.backends.triton import launch
+    from sg_kernels.backends.triton import launch, repeat
     from tests import driver
+
+    def can_repeat(images: Tensor) -> bool:
+        return repeat.AVAILABLE
 
     with (
         tempfile.TemporaryDirectory() as folder,
         driver.installed(Path(folder)),
         mock.patch.object(launch, "_compiled", {}),
         mock.patch.dict(backends.DEVICES, triton=("cuda", "cpu")),
+        mock.patch.object(repeat, "can_repeat", can_repeat),
         torch.library._scoped_library("sg_kernels", "IMPL") as library,
     ):
         library.impl("saliency_graft.triton", ops._triton("saliency_graft"), "CPU")
         yield
+
+
+def made_by_python(call: Run) -> Run:
+    """A call that libsg_kernels_triton.so does not repeat."""
+    from sg_kernels.backends.triton import repeat
+
+    return replacing(repeat, "AVAILABLE", False, call)
 
 
 @torch.no_grad()
@@ -83,9 +95,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with triton_on_cpu():
         calls = calls_of("triton", "cpu")
-        arguments = calls["triton raw operator"].args
-        undispatched = ops._triton_operators().saliency_graft
-        calls["triton raw operator, undispatched"] = partial(undispatched, *arguments)
+        calls |= {name + BY_PYTHON: made_by_python(call) for name, call in calls.items()}
         calls = {name + RECORDED: call for name, call in calls.items()}
         rows = [row for more in time_calls(calls, rounds=101) for row in more]
     for row in rows:

@@ -33,9 +33,11 @@ DEFAULTS = {
 
 CPP_LIBRARY = Path(__file__).parents[1] / "libsg_kernels_cpu.so"
 CUDA_LIBRARY = CPP_LIBRARY.with_name("libsg_kernels_cuda.so")
+TRITON_LIBRARY = CPP_LIBRARY.with_name("libsg_kernels_triton.so")
+"""Only makes the Triton backend's calls take less time on the host."""
 
 
-def _load(library: Path) -> str | None:
+def load(library: Path) -> str | None:
     """Loads a compiled backend. Returns the reason where that fails."""
     if not library.exists():
         if platform.system() != "Linux":
@@ -57,7 +59,7 @@ def _load(library: Path) -> str | None:
 
 def _load_cuda() -> str | None:
     # Without CUDA, torch lacks the symbols that the library needs.
-    return _load(CUDA_LIBRARY) if torch.version.cuda else "this PyTorch is built without CUDA"
+    return load(CUDA_LIBRARY) if torch.version.cuda else "this PyTorch is built without CUDA"
 
 
 def _no_triton() -> str | None:
@@ -68,7 +70,7 @@ def _no_triton() -> str | None:
     return "Triton needs a C compiler: install gcc or clang, or set CC"
 
 
-_UNLOADED = {"triton": _no_triton(), "cpp": _load(CPP_LIBRARY), "cuda": _load_cuda()}
+_UNLOADED = {"triton": _no_triton(), "cpp": load(CPP_LIBRARY), "cuda": _load_cuda()}
 """Why a backend's code cannot be used, whatever devices there are; None where it can."""
 
 # Elsewhere there is no library to install, so nothing to warn of.

@@ -78,7 +78,7 @@ from benchmarks.speed import candidates, cases, tiles
 from sg_kernels.backends.triton import operators
 cifar, imagenet = cases.headline("cpu", quick=True)
 seen, own = [], operators.launch
-operators.launch = lambda function, *rest: (seen.append(function), own(function, *rest))
+operators.launch = lambda given: (seen.append(given.function), own(given))
 for case in (cifar, imagenet, imagenet._replace(images=(4, 3, 20, 16), channels_last=True)):
     data = cases.make_data(case, "cpu")
     grafts = []
@@ -100,16 +100,15 @@ for case in (cifar, imagenet, imagenet._replace(images=(4, 3, 20, 16), channels_
 
 @pytest.mark.parametrize("name", ["in_turn", "both_overlap"])
 def test_launches_overlap_as_a_candidate_says_and_then_as_before(monkeypatch, name):
-    operators = pytest.importorskip("sg_kernels.backends.triton.operators")
+    launch = pytest.importorskip("sg_kernels.backends.triton.launch")
     seen = []
-    fake = Candidate("triton", lambda case, data: lambda: seen.append(operators.overlaps(0, 1)))
+    fake = Candidate("triton", lambda case, data: lambda: seen.append(launch.OVERLAP))
     monkeypatch.setattr(candidates, "ours", lambda backend: [fake])
-    monkeypatch.setattr(operators, "overlaps", lambda device, number: name == "in_turn")
     monkeypatch.setattr(candidates, "own_backends", lambda device: ["triton"])
     run = getattr(candidates, name)("cuda")[0].build(CASE, None)
     run()
-    seen.append(operators.overlaps(0, 1))
-    assert seen == [name != "in_turn", name == "in_turn"]
+    assert seen == [{"in_turn": 0, "both_overlap": 2}[name]]
+    assert launch.OVERLAP == 1
 
 
 def test_random_data_is_never_flat():

@@ -17,6 +17,8 @@ import triton
 from triton.backends import nvidia
 from triton.backends.nvidia.driver import CudaDriver
 
+from sg_kernels.backends.triton import repeat
+
 SOURCE = Path(__file__).with_name("cuda.c")
 LIBRARY = "libcuda.so.1"
 MULTIPROCESSORS = 132
@@ -73,6 +75,7 @@ class Recorder:
         """Those loaded so far, by their handle."""
         self._driver = ctypes.CDLL(str(library))
         self._driver.recorder_launches.restype = ctypes.POINTER(Record)
+        self._driver.recorder_set_stream(ctypes.c_uint64(STREAM))
 
     def describe(self, module: int, function: int, name: str, files: Any, hash: str) -> None:
         """Triton's hook for a kernel that has been loaded."""
@@ -84,6 +87,16 @@ class Recorder:
         self.kernels[function] = Kernel(name, types, shared_bytes)
         sizes = bytes(int(bits) // 8 for _, bits, _ in found)
         self._driver.recorder_describe(ctypes.c_uint64(function), len(sizes), sizes)
+
+    def functions(self) -> tuple[int, ...]:
+        """What repeat.driver_functions() finds where there is a GPU."""
+        driver = self._driver
+        found = driver.cuLaunchKernelEx, driver.recorder_get_stream
+        return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found)
+
+    def refuse(self, launches: int) -> None:
+        """Refuses one launch, after this many more."""
+        self._driver.recorder_refuse(launches)
 
     def take(self) -> list[Launch]:
         """The launches since the last time, at most 64."""
@@ -129,11 +142,13 @@ def installed(folder: Path) -> Iterator[Recorder]:
         mock.patch.dict(os.environ, paths),
         mock.patch.object(torch.cuda, "current_device", current_device),
         mock.patch.object(triton.runtime.driver, "_active", hopper()),
+        mock.patch.object(repeat, "driver_functions", recorder.functions),
     ):
         loaded.add(recorder.describe)
         try:
             yield recorder
         finally:
+            torch.ops.sg_kernels.forget()
             gc.collect()  # kernels unload themselves from the active driver
             loaded.remove(recorder.describe)
 

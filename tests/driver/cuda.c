@@ -19,6 +19,7 @@ struct launch {
 };
 
 static struct launch launches[MAX_LAUNCHES];
+static int launches_until_refusal = -1; /* negative: none is refused */
 static int launch_count;
 static uintptr_t function_count;
 static int parameter_counts[MAX_FUNCTIONS];
@@ -38,6 +39,17 @@ const struct launch* recorder_launches(int* count) {
 
 void recorder_forget(void) { launch_count = 0; }
 
+/* Refuses one launch, after this many more. */
+void recorder_refuse(int launches) { launches_until_refusal = launches; }
+
+/* As PyTorch tells the current stream. */
+static uint64_t current_stream;
+void recorder_set_stream(uint64_t stream) { current_stream = stream; }
+int recorder_get_stream(int32_t device, void** stream) {
+  *stream = (void*)current_stream;
+  return 0;
+}
+
 /* Whether the kernel may start while the one before it ends. */
 static uint32_t overlaps(const CUlaunchConfig* config) {
   for (unsigned i = 0; i < config->numAttrs; i++)
@@ -49,6 +61,7 @@ static uint32_t overlaps(const CUlaunchConfig* config) {
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction f, void** params, void** extra) {
   uintptr_t function = (uintptr_t)f;
   if (function >= MAX_FUNCTIONS || parameter_counts[function] == 0) return CUDA_ERROR_INVALID_VALUE;
+  if (launches_until_refusal-- == 0) return CUDA_ERROR_INVALID_CONTEXT;
   if (launch_count == MAX_LAUNCHES) return CUDA_SUCCESS;
   struct launch* launch = &launches[launch_count++];
   *launch = (struct launch){
@@ -164,6 +177,6 @@ CUresult cuDriverGetVersion(int* version) {
 }
 
 CUresult cuGetErrorString(CUresult error, const char** text) {
-  *text = "a kernel that the recorder knows nothing of";
+  *text = "refused, or a kernel that the recorder knows nothing of";
   return CUDA_SUCCESS;
 }

@@ -52,7 +52,7 @@ class SaliencyMemory(NamedTuple):
     drawn: Tensor | None = None
     """The seed of the call, then of each draw p; see cells.draw_keep_prob."""
     seed: Tensor | None = None
-    """None where the seed is on the host: :attr:`Pairing.seed`."""
+    """None where the seed is on the host: :attr:`Pairing.host_seed`."""
     step: Tensor | None = None
     quantiles: Tensor | None = None
 
@@ -74,7 +74,8 @@ class Pairing(NamedTuple):
     programs: Int32
     """How many programs draw the pairing."""
     rank: Int32
-    seed: Int64
+    host_seed: Int64
+    """The seed, where it is on the host."""
     keep_prob: Int64
     """As ``prob`` a threshold of 32-bit words: 2**32 is certain."""
     prob: Int64

@@ -2,7 +2,7 @@
 
 import os
 from functools import lru_cache
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import triton
@@ -18,6 +18,19 @@ the second alone, or both.
 """
 POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*i1"}
 
+
+class Launch(NamedTuple):
+    """Of a kernel, on the current device and stream."""
+
+    function: Any
+    programs: tuple[int, int, int]
+    """Along three axes, of which the second and third end at 65535 on CUDA."""
+    threads: int
+    arguments: tuple[Any, ...]
+    """Groups and numbers in the order of the kernel's parameters, memory first."""
+    constants: tuple[Any, ...]
+
+
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -27,12 +40,17 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
 
 
-@lru_cache
 def overlaps(device: int, number: int) -> bool:
     """Whether launch 1 or 2 of a call starts while the kernel before it ends, on a CUDA device by
-    its index: programmatic dependent launch, from compute capability 9.0 on.
+    its index: programmatic dependent launch.
     """
-    if device < 0 or number <= 2 - OVERLAP:
+    return number > 2 - OVERLAP and _can_overlap(device)
+
+
+@lru_cache
+def _can_overlap(device: int) -> bool:
+    """From compute capability 9.0 on."""
+    if device < 0:
         return False
     target = triton.runtime.driver.active.get_current_target()
     return target.backend == "cuda" and target.arch >= 90
@@ -82,31 +100,27 @@ def source(function: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...]
     return ASTSource(function, signature, constexprs)
 
 
-def launch(
-    function: Any,
-    programs: tuple[int, int, int],
-    threads: int,
-    arguments: tuple[Any, ...],
-    *constants: Any,
-) -> None:
-    """Runs a kernel on the current device and stream. ``programs``: along three axes, of which the
-    second and third end at 65535 on CUDA.
-
-    ``arguments`` are groups and numbers in the order of the kernel's parameters, memory first.
-    """
-    if INTERPRETED:
-        function[programs](*arguments, *constants)
-        return
-    absent = tuple([memory is None for memory in arguments[0]])
-    device = torch.cuda.current_device()
-    key = (function, device, threads, constants, absent)
+def compiled_for(given: Launch, device: int) -> Any:
+    """The kernel of a launch on a CUDA device by its index; compiled where it is a new one."""
+    absent = tuple([memory is None for memory in given.arguments[0]])
+    key = (given.function, device, given.threads, given.constants, absent)
     compiled = _compiled.get(key)
     if compiled is None:
         warp_size = triton.runtime.driver.active.get_current_target().warp_size
-        options = options_of(function, threads, constants, warp_size)
-        compiled = triton.compile(source(function, arguments, constants), options=options)
-        _compiled[key] = compiled
-    if _a_hook_listens():
+        options = options_of(given.function, given.threads, given.constants, warp_size)
+        described = source(given.function, given.arguments, given.constants)
+        _compiled[key] = compiled = triton.compile(described, options=options)
+    return compiled
+
+
+def launch(given: Launch) -> None:
+    programs, arguments, constants = given.programs, given.arguments, given.constants
+    if INTERPRETED:
+        given.function[programs](*arguments, *constants)
+        return
+    device = torch.cuda.current_device()
+    compiled = compiled_for(given, device)
+    if a_hook_listens():
         compiled[programs](*arguments, *constants)
         return
     # As above, less what only hooks ask for.
@@ -116,7 +130,7 @@ def launch(
     run(*programs, stream, kernel, metadata, None, None, None, *arguments, *constants)
 
 
-def _a_hook_listens() -> bool:
+def a_hook_listens() -> bool:
     """Whether a profiler wants to know of launches; Triton calls empty chains of hooks, too."""
     runtime = triton.knobs.runtime
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sg_kernels import rng
 from sg_kernels.backends import reference
-from sg_kernels.backends.triton import plan
+from sg_kernels.backends.triton import plan, repeat
 from sg_kernels.backends.triton.arguments import (
     GraftMemory,
     Maps,
@@ -23,7 +23,7 @@ from sg_kernels.backends.triton.arguments import (
 )
 from sg_kernels.backends.triton.backward import graft_backward_kernel
 from sg_kernels.backends.triton.copy import graft_kernel
-from sg_kernels.backends.triton.launch import launch, multiprocessors, overlaps
+from sg_kernels.backends.triton.launch import Launch, launch, multiprocessors, overlaps
 from sg_kernels.backends.triton.rows import COLUMNS, mix_targets_kernel, saliency_graft_kernel
 from sg_kernels.backends.triton.saliency import SAMPLES, saliency_kernel
 from sg_kernels.call import NORM, NORMALIZE, Call, Outputs
@@ -39,7 +39,7 @@ FLOATS = {
 """What features and gradients are read as."""
 NUMBERS = {torch.uint8: tl.uint8, **FLOATS}
 """What images are read and written as where they come out standardised."""
-NO_PAIRING = Pairing(programs=0, rank=0, seed=0, keep_prob=0, prob=0)
+NO_PAIRING = Pairing(programs=0, rank=0, host_seed=0, keep_prob=0, prob=0)
 
 
 def _blocks(count: int, size: int) -> int:
@@ -111,64 +111,59 @@ def channel_saliency(features: Tensor) -> Tensor:
         partials = features.new_empty(splits, batch, h, w, dtype=torch.float32)
     with _on(features):
         launch(
-            saliency_kernel,
-            (batch * splits * sums.tiles, 1, 1),
-            plan.THREADS,
-            (
-                SaliencyMemory(features.data_ptr(), partials),
-                batch,
-                sums,
-                Maps(size, size, Size(1, 1)),
-                NO_PAIRING,
-            ),
-            False,
-            FLOATS[features.dtype],
-            block,
-            False,
+            Launch(
+                saliency_kernel,
+                (batch * splits * sums.tiles, 1, 1),
+                plan.THREADS,
+                (
+                    SaliencyMemory(features.data_ptr(), partials),
+                    batch,
+                    sums,
+                    Maps(size, size, Size(1, 1)),
+                    NO_PAIRING,
+                ),
+                (False, FLOATS[features.dtype], block, False),
+            )
         )
     return partials.sum(0) if splits > 1 else saliency
 
 
 def graft(images: Tensor, mask: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    if out is None:
-        out = reference.empty_rows(images, mask.shape[0])
-        _graft(images, mask, index, out)
-        return out
-    _graft(images, mask, index, out)
-    return images.new_empty(0)
+    written = reference.empty_rows(images, mask.shape[0]) if out is None else out
+    if written.numel() > 0:
+        grid = Size(*mask.shape[1:])
+        tile = _tile(images, written, grid)
+        if tile is None:
+            reference.graft(images, mask, index, written)
+        else:
+            with _on(images):
+                launch(_copy(images, mask, index, written, grid, tile))
+    return written if out is None else images.new_empty(0)
 
 
-def _graft(
+def _copy(
     images: Tensor,
     mask: Tensor,
     index: Tensor,
     out: Tensor,
-    depth: int = 1,
+    grid: Size,
+    tile: plan.Tile,
     affine: Tensor | None = None,
-) -> None:
-    if out.numel() == 0:
-        return
-    grid = Size(*mask.shape[1:])
-    tile = _tile(images, out, grid, affine is not None, depth)
-    if tile is None:  # only where no call has been planned
-        reference.graft(images, mask, index, out)
-        return
-    with _on(images):
-        launch(
-            graft_kernel,
-            (out.shape[0] * tile.tiles.total, 1, 1),
-            plan.THREADS,
-            (
-                GraftMemory(
-                    images.data_ptr(), out.data_ptr(), mask.contiguous(), index.contiguous(), affine
-                ),
-                images.shape[0],
-                tile.tiles,
-                grid,
+) -> Launch:
+    return Launch(
+        graft_kernel,
+        (out.shape[0] * tile.tiles.total, 1, 1),
+        plan.THREADS,
+        (
+            GraftMemory(
+                images.data_ptr(), out.data_ptr(), mask.contiguous(), index.contiguous(), affine
             ),
-            *_units(images, out, tile, affine is not None),
-            tile.layout,
-        )
+            images.shape[0],
+            tile.tiles,
+            grid,
+        ),
+        (*_units(images, out, tile, affine is not None), tile.layout),
+    )
 
 
 def graft_backward(grad: Tensor, mask: Tensor, index: Tensor, augmentations: int) -> Tensor:
@@ -191,18 +186,21 @@ def _graft_backward(grad: Tensor, mask: Tensor, index: Tensor, out: Tensor) -> N
         return
     with _on(grad):
         launch(
-            graft_backward_kernel,
-            (out.shape[0] * tile.tiles.total, 1, 1),
-            plan.THREADS,
-            (
-                GraftMemory(grad.data_ptr(), out.data_ptr(), mask.contiguous(), index.contiguous()),
-                out.shape[0],
-                grad.shape[0],
-                tile.tiles,
-                grid,
-            ),
-            FLOATS[grad.dtype],
-            tile.layout,
+            Launch(
+                graft_backward_kernel,
+                (out.shape[0] * tile.tiles.total, 1, 1),
+                plan.THREADS,
+                (
+                    GraftMemory(
+                        grad.data_ptr(), out.data_ptr(), mask.contiguous(), index.contiguous()
+                    ),
+                    out.shape[0],
+                    grad.shape[0],
+                    tile.tiles,
+                    grid,
+                ),
+                (FLOATS[grad.dtype], tile.layout),
+            )
         )
 
 
@@ -216,17 +214,19 @@ def mix_targets(
     tiles = _blocks(num_classes, COLUMNS.value)
     with _on(lam):
         launch(
-            mix_targets_kernel,
-            (rows * tiles, 1, 1),
-            plan.THREADS,
-            (
-                MixMemory(targets.contiguous(), lam.contiguous(), index.contiguous(), mixed),
-                targets.shape[0],
-                tiles,
-                num_classes,
-                label_smoothing,
-            ),
-            _kind(targets),
+            Launch(
+                mix_targets_kernel,
+                (rows * tiles, 1, 1),
+                plan.THREADS,
+                (
+                    MixMemory(targets.contiguous(), lam.contiguous(), index.contiguous(), mixed),
+                    targets.shape[0],
+                    tiles,
+                    num_classes,
+                    label_smoothing,
+                ),
+                (_kind(targets),),
+            )
         )
     return mixed
 
@@ -236,6 +236,8 @@ def _kind(targets: Tensor | None) -> str:
 
 
 def saliency_graft(*args: Any) -> Outputs:
+    if repeated := repeat.again(args):
+        return repeated
     call = Call(*args)
     images, out = call.images, call.out
     source = call.features if call.saliency is None else call.saliency
@@ -255,16 +257,24 @@ def saliency_graft(*args: Any) -> Outputs:
         outputs = reference.saliency_graft(call._replace(out=out))
         return outputs if call.out is not None else outputs._replace(images=out)
     outputs = _empty_outputs(planned, call, out)
+    dense = _dense(call)
     with _on(images):
-        maps, drawn = _launch_1(planned, call, source, outputs)
-        _launch_2(planned, call, maps, drawn, out, outputs)
-    if not planned.at_once:
-        _graft(images, outputs.mask, outputs.index, out, call.depth, _affine(call))
+        launches = _launches(planned, dense, out, outputs)
+        for each in launches:
+            launch(each)
+        if dense is call:
+            repeat.keep(args, launches, outputs)
     return outputs
 
 
-def _affine(call: Call) -> Tensor | None:
-    return None if call.affine is None else call.affine.contiguous()
+def _dense(call: Call) -> Call:
+    """The call itself, or with copies of the tensors that are not dense but must be."""
+    copied = {}
+    for name in ("saliency", "mask", "index", "targets", "affine"):
+        tensor = getattr(call, name)
+        if tensor is not None and not tensor.is_contiguous():
+            copied[name] = tensor.contiguous()
+    return call._replace(**copied) if copied else call
 
 
 def _empty_outputs(planned: plan.Plan, call: Call, out: Tensor) -> Outputs:
@@ -280,23 +290,33 @@ def _empty_outputs(planned: plan.Plan, call: Call, out: Tensor) -> Outputs:
     )
 
 
-def _launch_1(
-    planned: plan.Plan, call: Call, source: Tensor, outputs: Outputs
-) -> tuple[Tensor, Tensor]:
-    """Sums the channels; draws the pairing and p. Returns what launch 2 reads: maps and draws."""
+def _launches(planned: plan.Plan, call: Call, out: Tensor, outputs: Outputs) -> list[Launch]:
+    first = _launch_1(planned, call, outputs)
+    launches = [first, _launch_2(planned, call, first.arguments[0], out, outputs)]
+    if not planned.at_once:
+        # Not with the plan's own tiles, whose programs have the threads of launch 2.
+        grid, standardized = planned.maps.grid, call.affine is not None
+        tile = _tile(call.images, out, grid, standardized, call.depth)
+        assert tile is not None
+        copy = _copy(call.images, outputs.mask, outputs.index, out, grid, tile, call.affine)
+        launches.append(copy)
+    return launches
+
+
+def _launch_1(planned: plan.Plan, call: Call, outputs: Outputs) -> Launch:
+    """Sums the channels; draws the pairing and p."""
     block, sums = planned.saliency
     images, seed, batch = call.images, call.seed, planned.rows.batch
+    source = call.features if call.saliency is None else call.saliency
+    assert source is not None
     partials, grid = outputs.saliency, None
     if sums.splits > 1:
         partials = images.new_empty(sums.splits, *partials.shape, dtype=torch.float32)
     if planned.gridded:
         grid = images.new_empty(batch, *planned.maps.grid, dtype=torch.float32)
-    if call.saliency is not None:
-        source = source.contiguous()
-    drawn = images.new_empty(1 + call.augmentations, dtype=torch.int64)
     on_host = seed.device != images.device
     programs = call.augmentations * _blocks(batch, SAMPLES.value)
-    launch(
+    return Launch(
         saliency_kernel,
         (programs + batch * sums.splits * sums.tiles, 1, 1),
         plan.THREADS,
@@ -306,8 +326,8 @@ def _launch_1(
                 partials=partials,
                 grid=grid,
                 index=outputs.index,
-                given_index=None if call.index is None else call.index.contiguous(),
-                drawn=drawn,
+                given_index=call.index,
+                drawn=images.new_empty(1 + call.augmentations, dtype=torch.int64),
                 seed=None if on_host else seed,
                 step=call.step,
                 quantiles=call.quantiles,
@@ -318,30 +338,29 @@ def _launch_1(
             Pairing(
                 programs=programs,
                 rank=call.rank,
-                seed=int(seed) if on_host else 0,
+                host_seed=int(seed) if on_host else 0,
                 keep_prob=int(call.keep_prob * rng.ONE),
                 prob=int(call.prob * rng.ONE),
             ),
         ),
-        call.no_fixed_points,
-        FLOATS[source.dtype],
-        block,
-        overlaps(images.get_device(), 1),
+        (
+            call.no_fixed_points,
+            FLOATS[source.dtype],
+            block,
+            overlaps(images.get_device(), 1),
+        ),
     )
-    return partials if grid is None else grid, drawn
 
 
 def _launch_2(
-    planned: plan.Plan,
-    call: Call,
-    maps: Tensor,
-    drawn: Tensor,
-    out: Tensor,
-    outputs: Outputs,
-) -> None:
-    """Works out everything of a row; copies it too where the plan says so."""
+    planned: plan.Plan, call: Call, written: SaliencyMemory, out: Tensor, outputs: Outputs
+) -> Launch:
+    """Works out everything of a row from what launch 1 has ``written``; copies it too where the
+    plan says so.
+    """
     targets, rows, tile = call.targets, planned.rows, planned.tile
-    launch(
+    assert written.drawn is not None
+    return Launch(
         saliency_graft_kernel,
         (rows.batch, call.augmentations, rows.parts + (rows.parts > 1)),
         planned.threads,
@@ -349,17 +368,17 @@ def _launch_2(
             RowsMemory(
                 images=call.images.data_ptr(),
                 out=out.data_ptr(),
-                maps=maps,
+                maps=written.partials if written.grid is None else written.grid,
                 saliency=outputs.saliency if planned.cells.splits > 1 else None,
-                drawn=drawn,
+                drawn=written.drawn,
                 step=call.step,
-                given_mask=None if call.mask is None else call.mask.contiguous(),
+                given_mask=call.mask,
                 index=outputs.index,
-                targets=None if targets is None else targets.contiguous(),
+                targets=targets,
                 lam=outputs.lam,
                 mask=outputs.mask,
                 mixed=outputs.targets,
-                affine=_affine(call),
+                affine=call.affine,
             ),
             rows,
             tile.tiles,
@@ -372,15 +391,17 @@ def _launch_2(
                 label_smoothing=call.label_smoothing,
             ),
         ),
-        Stages(
-            normalize=NORMALIZE[call.normalize],
-            topk=call.k is not None,
-            norm=NORM[call.norm],
-            targets=_kind(targets),
+        (
+            Stages(
+                normalize=NORMALIZE[call.normalize],
+                topk=call.k is not None,
+                norm=NORM[call.norm],
+                targets=_kind(targets),
+            ),
+            planned.cells,
+            planned.at_once,
+            *_units(call.images, out, tile, call.affine is not None),
+            tile.layout,
+            overlaps(call.images.get_device(), 2),
         ),
-        planned.cells,
-        planned.at_once,
-        *_units(call.images, out, tile, call.affine is not None),
-        tile.layout,
-        overlaps(call.images.get_device(), 2),
     )

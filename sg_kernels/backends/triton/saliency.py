@@ -134,7 +134,7 @@ def saliency_kernel(
     program = tl.program_id(0)
     if program < pairing.programs:
         if memory.index is not None:
-            key = pairing.seed
+            key = pairing.host_seed
             if memory.seed is not None:
                 key = tl.load(memory.seed)
             if memory.step is not None:  # which launch 2 advances
