@@ -11,7 +11,6 @@ import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -52,13 +51,13 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 
 
 @lru_cache
-def _triton_operators() -> ModuleType:
-    return importlib.import_module("sg_kernels.backends.triton.operators")
+def _triton_operator(name: str) -> Any:
+    return getattr(importlib.import_module("sg_kernels.backends.triton.operators"), name)
 
 
 def _triton(name: str) -> Callable[..., Any]:
     """An operator of the Triton backend, which is imported by its first call."""
-    return lambda *args: getattr(_triton_operators(), name)(*args)
+    return lambda *args: _triton_operator(name)(*args)
 
 
 def _fake_channel_saliency(features: Tensor) -> Tensor:
@@ -169,15 +168,14 @@ def _table(option: str, key: tuple[Any, ...], make: Callable[..., Tensor]) -> Te
 
     While a compiler or a mode traces, call the operator of the caller's name instead.
     """
-    *given, device = key
-    table = _tables.get(key)
+    table, device = _tables.get(key), key[-1]
     if table is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{option}: the first call with such a value copies a table to the device, which a "
                 "CUDA graph cannot capture. Make one call before capturing, or use SaliencyGraft"
             )
-        table = torch.func.debug_unwrap(make(*given).to(device))
+        table = torch.func.debug_unwrap(make(*key[:-1]).to(device))
         if type(table) is Tensor:  # a mode that traces makes fake ones
             _tables[key] = table
             _forget_tables()
