@@ -33,13 +33,23 @@ def calls_of(backend: str, device: str) -> dict[str, Run]:
     call = operator_call(TINY, data.images, data.features, seed.to(device))
     graft = partial(sg_kernels.saliency_graft, data.images, data.features, backend=backend)
     module = sg_kernels.SaliencyGraft(backend=backend).to(device)
-    return {
+    calls = {
         f"{backend} function": graft,
         f"{backend} function, seed given": partial(graft, seed=seed),
         f"{backend} function, out=": partial(graft, out=torch.empty_like(data.images)),
         f"{backend} module": partial(module, data.images, features=data.features),
         f"{backend} raw operator": partial(ops.overload("saliency_graft", backend), *call),
     }
+    if backend == "triton":
+        calls |= {name + BY_PYTHON: made_by_python(run) for name, run in calls.items()}
+    return calls
+
+
+def made_by_python(call: Run) -> Run:
+    """A call that libsg_kernels_triton.so does not repeat."""
+    from sg_kernels.backends.triton import repeat
+
+    return replacing(repeat, "AVAILABLE", False, call)
 
 
 def host_times(names: Iterable[str], device: str, rounds: int) -> Iterator[list[Row]]:
@@ -83,20 +93,11 @@ def triton_on_cpu() -> Iterator[None]:
         yield
 
 
-def made_by_python(call: Run) -> Run:
-    """A call that libsg_kernels_triton.so does not repeat."""
-    from sg_kernels.backends.triton import repeat
-
-    return replacing(repeat, "AVAILABLE", False, call)
-
-
 @torch.no_grad()
 def main() -> None:
     torch.set_num_threads(1)
     with triton_on_cpu():
-        calls = calls_of("triton", "cpu")
-        calls |= {name + BY_PYTHON: made_by_python(call) for name, call in calls.items()}
-        calls = {name + RECORDED: call for name, call in calls.items()}
+        calls = {name + RECORDED: call for name, call in calls_of("triton", "cpu").items()}
         rows = [row for more in time_calls(calls, rounds=101) for row in more]
     for row in rows:
         print(f"{row.candidate:<60}{row.value:>8.1f} us  ({row.p20:.1f} .. {row.p80:.1f})")
