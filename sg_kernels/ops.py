@@ -117,6 +117,7 @@ for _name, _schema in SCHEMAS.items():
     for _device in backends.DEVICES["triton"]:
         _library.impl(f"{_name}.triton", _triton(_name), _device.upper())
 
+# For the Triton backend; csrc/triton/repeat.cpp implements both.
 _library.define(f"repeat({parameters()}, int overlap, Tensor? prepared=None) -> Tensor[]")
 _library.define("forget() -> ()")
 
