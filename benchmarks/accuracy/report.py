@@ -116,7 +116,13 @@ def groups(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def parts(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The runs of each experiment that has some of its own, then what belongs to none."""
+    """The smallest experiment that has all runs. Or each that has some of its own, then what belongs
+    to none.
+    """
+    whole = [name for name, methods in EXPERIMENTS.items() if {*rows.method} <= {*methods}]
+    if whole:
+        yield min(whole, key=lambda name: len(EXPERIMENTS[name])), rows
+        return
     shown = {BASELINE}
     for experiment, methods in EXPERIMENTS.items():
         own = {*rows.method} & {*methods} - shown

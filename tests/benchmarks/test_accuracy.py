@@ -668,6 +668,15 @@ def test_each_experiment_has_a_table_and_shows_again_what_it_is_compared_with(tm
     }
 
 
+@pytest.mark.parametrize("experiment", ["key", "shakedrop", "scarcity", "ablations"])
+def test_runs_of_one_experiment_have_one_table_of_its_name(tmp_path, experiment):
+    methods = experiments.EXPERIMENTS[experiment]
+    rows = rows_of({name: [20.0] * 8 for name in methods}, tmp_path / "a.csv")
+    ((title, found),) = report.groups(rows).items()
+    assert title.startswith(f"fashion, equal cost, {experiment}: ")
+    assert len(found) == len(rows)
+
+
 def test_what_has_too_few_seeds_is_not_published(tmp_path):
     rows = rows_of({"cutmix": [20.0] * 8, "half": [19.0] * 8, "paper": [18.0] * 7}, tmp_path / "a")
     assert {*report.with_enough_seeds(rows).method} == {"cutmix", "half"}
