@@ -96,7 +96,7 @@ struct Prepared {
   std::vector<Launch> launches;
 };
 
-// Reads what repeat.py's encode() wrote.
+// Reads the numbers that repeat.py's keep() writes.
 class Reader {
  public:
   explicit Reader(const Tensor& numbers)
@@ -255,6 +255,7 @@ bool allocate(
         dtype_of_fresh(slot, dtype), device_type, images.get_device_index(), &handle);
     if (error != AOTI_TORCH_SUCCESS) return false;
     tensors[slot] = Tensor(handle);
+    // Where `out` is given, an empty tensor is returned in its place.
     if (values[slot] == 0) values[slot] = address(*tensors[slot]);
   }
   return true;
@@ -282,9 +283,28 @@ int launch(const Prepared& prepared, const Launch& given, const Values& values, 
   return prepared.launch_kernel(&config, given.function, parameters.data(), nullptr);
 }
 
-// The operator saliency_graft again: its outputs. Or none, with nothing done, where no such call
-// has been prepared, there is no room, or the driver refuses: Python then makes the call. Given
-// `prepared`, keeps it for calls like this one. The other parameters are those of operators.cpp.
+// The outputs; none, with nothing done, where there is no room or the driver refuses.
+std::vector<Tensor> run(
+    const Prepared& prepared, const Tensor& images, std::int32_t out_dtype, Values values) {
+  const std::int32_t device = images.get_device_index();
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (!images.is_cpu()) guard.emplace(device);
+  std::array<MaybeTensor, kSlots> fresh;
+  if (!allocate(prepared, images, out_dtype, values, fresh)) return {};
+  void* stream;
+  TORCH_ERROR_CODE_CHECK(prepared.current_stream(device, &stream));
+  for (std::size_t i = 0; i < prepared.launches.size(); ++i) {
+    const int error = launch(prepared, prepared.launches[i], values, stream);
+    if (error != 0 && i == 0) return {};
+    STD_TORCH_CHECK(error == 0, "launch ", i + 1, " of saliency_graft: CUDA error ", error);
+  }
+  return {*fresh[kOut],  *fresh[kLam],      *fresh[kIndex],
+          *fresh[kMask], *fresh[kSaliency], *fresh[kMixed]};
+}
+
+// The operator saliency_graft again: its outputs, or none where no call like it is kept or run()
+// gives none: Python then makes the call. Given `prepared`, keeps that for calls like this one. The
+// other parameters are those of operators.cpp.
 std::vector<Tensor> repeat(
     const Tensor& images, const Tensor& seed, const std::vector<std::int64_t>& grid_size,
     double temperature, double threshold, std::int64_t normalize, std::int64_t norm,
@@ -294,11 +314,22 @@ std::vector<Tensor> repeat(
     std::optional<std::int64_t> k, double prob, std::int64_t augmentations, bool no_fixed_points,
     std::int64_t num_classes, double label_smoothing, std::int64_t depth, const MaybeTensor& affine,
     std::int64_t dtype, std::int64_t overlap, const MaybeTensor& prepared) {
-  const std::int32_t device = images.get_device_index();
   Numbers layout;
   layout.reserve(128);
-  layout = {normalize, norm,    rank,   augmentations,  no_fixed_points, num_classes,    depth,
-            dtype,     overlap, device, k.value_or(-1), grid_size.at(0), grid_size.at(1)};
+  layout = {
+      normalize,
+      norm,
+      rank,
+      augmentations,
+      num_classes,
+      no_fixed_points,
+      depth,
+      dtype,
+      overlap,
+      k.value_or(-1),
+      grid_size.at(0),
+      grid_size.at(1),
+      images.get_device_index()};
   describe(images, layout);
   describe(seed, layout);
   for (const MaybeTensor* tensor :
@@ -310,9 +341,6 @@ std::vector<Tensor> repeat(
   }
   const std::shared_ptr<const Prepared> known = memory.find(layout);
   if (!known) return {};
-
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (!images.is_cpu()) guard.emplace(device);
   Values values{};
   values[kImages] = address(images);
   values[kSource] = address(features ? features : saliency);
@@ -331,18 +359,7 @@ std::vector<Tensor> repeat(
   values[kThreshold] = float_bits(threshold);
   values[kLabelSmoothing] = float_bits(label_smoothing);
   values[kOut] = address(out);
-  std::array<MaybeTensor, kSlots> fresh;
-  const std::int32_t out_dtype = affine ? standardized_dtype(dtype) : dtype_of(images);
-  if (!allocate(*known, images, out_dtype, values, fresh)) return {};
-  void* stream;
-  TORCH_ERROR_CODE_CHECK(known->current_stream(device, &stream));
-  for (std::size_t i = 0; i < known->launches.size(); ++i) {
-    const int error = launch(*known, known->launches[i], values, stream);
-    if (error != 0 && i == 0) return {};
-    STD_TORCH_CHECK(error == 0, "launch ", i + 1, " of saliency_graft: CUDA error ", error);
-  }
-  return {*fresh[kOut],  *fresh[kLam],      *fresh[kIndex],
-          *fresh[kMask], *fresh[kSaliency], *fresh[kMixed]};
+  return run(*known, images, affine ? standardized_dtype(dtype) : dtype_of(images), values);
 }
 
 void forget() { memory.clear(); }
