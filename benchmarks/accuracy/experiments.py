@@ -53,7 +53,10 @@ EXPERIMENTS: dict[str, list[str]] = {
     ],
     "shakedrop": ["vanilla", BASELINE, "half"],
     "diversity": [BASELINE, *(f"always augmentations={n}" for n in range(1, 7))],
-    "scarcity": [BASELINE, "vanilla", "mixup", "half", "paper"],
+    "scarcity": [
+        *(BASELINE, "vanilla", "mixup", "saliencymix"),
+        *("half", "half pass_scale=0.5", "sobel", "paper"),
+    ],
     "occlusion": [BASELINE, "vanilla", "cutout", "mixup", "half", "paper"],
     "ablations": [
         *(BASELINE, "half", "half label=area"),

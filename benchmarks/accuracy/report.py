@@ -116,8 +116,8 @@ def groups(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def parts(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The smallest experiment that has all runs. Or each that has some of its own, then what belongs
-    to none.
+    """The smallest experiment that has all the methods; or each that has some of its own, then what
+    belongs to none.
     """
     whole = [name for name, methods in EXPERIMENTS.items() if {*rows.method} <= {*methods}]
     if whole:

@@ -30,6 +30,7 @@ from sg_kernels.call import Outputs
 
 AVAILABLE = (
     not launch.INTERPRETED
+    and torch.version.hip is None
     and os.environ.get("SG_KERNELS_REPEAT", "1") not in ("", "0")
     and backends.load(backends.TRITON_LIBRARY) is None
 )
