@@ -1,15 +1,16 @@
-"""Says what the runs show: tables with differences to CutMix, paired by seed, and a plot.
+"""Says what the runs show: tables with differences to CutMix, paired by seed, and plots.
 
     python -m benchmarks.accuracy.report             of benchmarks/results/, into docs/accuracy.md:
                                                      what has enough seeds
     python -m benchmarks.accuracy.report FILE.csv    of other runs, on the terminal
 
-The plot stands beside the CSV.
+The plots stand beside the CSV.
 """
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -29,6 +30,16 @@ PAGE = ROOT / "docs" / "accuracy.md"
 SETTING = ["data", "train_images", "network", "steps", "batch", "rate", "test"]
 ENOUGH = 8
 """Seeds for a claim."""
+OPTIONS = "ablations", "threshold", "softmax", "sampling", "diversity", "others"
+"""The experiments that compare options of one method; the first two of SECTIONS are the rest."""
+SECTIONS = "recipes", "methods", "options"
+"""Of the page: each has a plot, and its tables."""
+
+
+class Comparison(NamedTuple):
+    section: str
+    title: str
+    runs: pd.DataFrame
 
 
 def main() -> None:
@@ -39,17 +50,25 @@ def main() -> None:
     published = path.resolve().parent == RESULTS
     if published:
         rows = with_enough_seeds(rows)
-    text = tables(rows)
-    print(text)
-    draw(rows, path.with_suffix(".png"))
+    found = sections(comparisons(rows))
+    for section, part in found.items():
+        print(tables(part), end="\n\n")
+        draw(part, path.with_name(f"{path.stem}-{section}.png"))
     if published:
-        PAGE.write_text(between_markers(PAGE.read_text(), "accuracy", text))
+        PAGE.write_text(rewritten(PAGE.read_text(), found))
+
+
+def rewritten(page: str, found: dict[str, list[Comparison]]) -> str:
+    """The page with new tables between the markers of each section."""
+    for section, part in found.items():
+        page = between_markers(page, section, tables(part))
+    return page
 
 
 def read(path: Path) -> pd.DataFrame:
-    """One error a row: a run that was tested with occlusion gives a row for each share too."""
+    """One error a row: a run that was tested with occlusion too gives a row for each share."""
     rows = pd.read_csv(path, dtype={"occluded": str, "commit": str}, keep_default_na=False)
-    frames = [rows]
+    frames = [rows.assign(test="plain")]
     for i, share in enumerate(OCCLUDED):
         hidden = rows[rows.occluded != ""]
         error = hidden.occluded.str.split().str[i].astype(float)
@@ -96,9 +115,9 @@ def verdict(line: pd.Series) -> str:
     return "better" if line.difference < 0 else "worse"
 
 
-def groups(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The runs that are compared, by a title. At plain cost, equal steps and equal cost agree."""
-    found = {}
+def comparisons(rows: pd.DataFrame) -> list[Comparison]:
+    """The runs that are compared. At plain cost, equal steps and equal cost agree."""
+    found = []
     for setting, runs in rows.groupby(SETTING, sort=False):
         data, images, network, steps, batch, rate, test = setting
         plain = runs[(runs.cost == 3) & (runs.budget == "cost")]
@@ -110,32 +129,48 @@ def groups(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
                 of_budget = pd.concat([plain, of_budget])
             of_budget = of_budget.drop_duplicates(["method", "seed"])
             size = f"{images} images, {network}, {steps} steps of {batch}"
-            for experiment, part in parts(of_budget) if test == "plain" else [(test, of_budget)]:
-                found[f"{data}, {words}, {experiment}: {size}"] = part
+            found_parts = parts(of_budget, budget) if test == "plain" else [(test, of_budget)]
+            for experiment, part in found_parts:
+                title = f"{data}, {words}, {experiment}: {size}"
+                found.append(Comparison(section_of(experiment), title, part))
     return found
 
 
-def parts(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The smallest experiment that has all the methods; or each that has some of its own, then what
-    belongs to none.
+def sections(found: list[Comparison]) -> dict[str, list[Comparison]]:
+    """By section, without those that are empty."""
+    by_name = {name: [each for each in found if each.section == name] for name in SECTIONS}
+    return {name: part for name, part in by_name.items() if part}
+
+
+def section_of(experiment: str) -> str:
+    if experiment in ("key", "recipes"):
+        return "recipes"
+    return "options" if experiment in OPTIONS else "methods"
+
+
+def parts(rows: pd.DataFrame, budget: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The smallest experiment that has all the methods; or each that has some of its own, run at
+    the budget, then what belongs to none.
     """
-    whole = [name for name, methods in EXPERIMENTS.items() if {*rows.method} <= {*methods}]
+    tested = {name: methods for name, methods in EXPERIMENTS.items() if name != "occlusion"}
+    whole = [name for name, methods in tested.items() if {*rows.method} <= {*methods}]
     if whole:
-        yield min(whole, key=lambda name: len(EXPERIMENTS[name])), rows
+        yield min(whole, key=lambda name: len(tested[name])), rows
         return
     shown = {BASELINE}
-    for experiment, methods in EXPERIMENTS.items():
-        own = {*rows.method} & {*methods} - shown
+    of_budget = {*rows[rows.budget == budget].method}
+    for experiment, methods in tested.items():
+        own = of_budget & {*methods} - shown
         if own and experiment != "key":  # which is a part of the recipes
             yield experiment, rows[rows.method.isin(methods)]
             shown |= own
-    if {*rows.method} - shown:
+    if of_budget - shown:
         yield "others", rows[(rows.method == BASELINE) | ~rows.method.isin(shown)]
 
 
-def tables(rows: pd.DataFrame) -> str:
+def tables(found: list[Comparison]) -> str:
     texts = []
-    for title, runs in groups(rows).items():
+    for _, title, runs in found:
         first, commits = runs.iloc[0], ", ".join(dict.fromkeys(runs.commit))
         where = f"Learning rate {first.rate:g}; {first.device}, torch {first.torch}, {commits}."
         texts.append(f"**{title}**\n\n{where}\n\n{table_of(summary(runs))}")
@@ -165,16 +200,16 @@ def joined(left: pd.Series, between: str, right: pd.Series) -> pd.Series:
     return left + right.where(right == "", between + right)
 
 
-def draw(rows: pd.DataFrame, path: Path) -> None:
+def draw(found: list[Comparison], path: Path) -> None:
     """A panel for each comparison: the difference to CutMix with its interval."""
-    found = {title: summary(runs) for title, runs in groups(rows).items()}
-    height = sum(0.9 + 0.3 * len(lines) for lines in found.values())
-    ratios = [1 + len(lines) for lines in found.values()]
+    summaries = [summary(comparison.runs) for comparison in found]
+    height = sum(0.9 + 0.3 * len(lines) for lines in summaries)
+    ratios = [1 + len(lines) for lines in summaries]
     figure, panels = plt.subplots(
         len(found), figsize=(9, height), squeeze=False, layout="constrained",
         gridspec_kw={"height_ratios": ratios},
     )  # fmt: skip
-    for panel, (title, lines) in zip(panels[:, 0], found.items()):
+    for panel, comparison, lines in zip(panels[:, 0], found, summaries):
         lines = lines.fillna({"difference": 0.0, "reach": 0.0})
         places = range(len(lines))
         colours = ["black" if method == BASELINE else "#d95f02" for method in lines.method]
@@ -183,7 +218,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         labels = [f"{row.method}  ({row.error:.1f} %, {row.seeds})" for row in lines.itertuples()]
         panel.set_yticks(places, labels)
         panel.axvline(0, color="black", linewidth=1)
-        panel.set_title(title, loc="left", fontsize=9)
+        panel.set_title(comparison.title, loc="left", fontsize=9)
         style_rows(panel)
     figure.supxlabel(
         "test error minus CutMix's, points, with its 95 % interval; left is better", fontsize=10

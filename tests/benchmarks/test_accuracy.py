@@ -640,8 +640,9 @@ def test_differences_are_paired_by_seed(tmp_path):
         "cutmix": "", "half": "better", "sobel": "no difference shown", "paper": "too few seeds",
         "vanilla": "worse",
     }  # fmt: skip
-    assert "-0.5" in report.tables(rows)
-    report.draw(rows, tmp_path / "a.png")
+    found = report.comparisons(rows)
+    assert "-0.5" in report.tables(found)
+    report.draw(found, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
@@ -649,22 +650,22 @@ def test_equal_steps_compare_with_the_runs_at_plain_cost(tmp_path):
     rows = rows_of({"cutmix": [20.0] * 8, "half": [19.0] * 8}, tmp_path / "a.csv")
     dear = rows[rows.method == "half"].assign(budget="steps", cost=3.5, error=18.0)
     rows.loc[rows.method == "half", "cost"] = 3.5
-    cost, steps = report.groups(pd.concat([rows, dear])).values()
-    assert [report.summary(each).difference.min() for each in (cost, steps)] == [-1, -2]
+    found = report.comparisons(pd.concat([rows, dear]))
+    assert [report.summary(each.runs).difference.min() for each in found] == [-1, -2]
 
 
 def test_each_experiment_has_a_table_and_shows_again_what_it_is_compared_with(tmp_path):
     names = ["cutmix", "vanilla", "half", "half threshold=0.0", "half stage=9"]
     rows = rows_of({name: [20.0] * 8 for name in names}, tmp_path / "a.csv")
-    titles = {
-        title.split(": ")[0]: [*found.method.unique()]
-        for title, found in report.groups(rows).items()
+    found = {
+        each.title.split(": ")[0]: (each.section, [*each.runs.method.unique()])
+        for each in report.comparisons(rows)
     }
     start = "fashion, equal cost, "
-    assert titles == {
-        f"{start}recipes": ["cutmix", "vanilla", "half"],
-        f"{start}threshold": ["cutmix", "half", "half threshold=0.0"],
-        f"{start}others": ["cutmix", "half stage=9"],
+    assert found == {
+        f"{start}recipes": ("recipes", ["cutmix", "vanilla", "half"]),
+        f"{start}threshold": ("options", ["cutmix", "half", "half threshold=0.0"]),
+        f"{start}others": ("options", ["cutmix", "half stage=9"]),
     }
 
 
@@ -672,9 +673,9 @@ def test_each_experiment_has_a_table_and_shows_again_what_it_is_compared_with(tm
 def test_runs_of_one_experiment_have_one_table_of_its_name(tmp_path, experiment):
     methods = experiments.EXPERIMENTS[experiment]
     rows = rows_of({name: [20.0] * 8 for name in methods}, tmp_path / "a.csv")
-    ((title, found),) = report.groups(rows).items()
-    assert title.startswith(f"fashion, equal cost, {experiment}: ")
-    assert len(found) == len(rows)
+    (found,) = report.comparisons(rows)
+    assert found.title.startswith(f"fashion, equal cost, {experiment}: ")
+    assert len(found.runs) == len(rows)
 
 
 def test_what_has_too_few_seeds_is_not_published(tmp_path):
@@ -686,17 +687,19 @@ def test_errors_under_occlusion_are_compared_too(tmp_path):
     run.add(tmp_path / "a.csv", a_row("cutmix", 0, 20.0, test="occlusion"))
     rows = report.read(tmp_path / "a.csv").set_index("test").error
     assert rows.to_dict() == {
-        "occlusion": 20, "10% of the cells hidden": 21, "20% of the cells hidden": 25,
+        "plain": 20, "10% of the cells hidden": 21, "20% of the cells hidden": 25,
         "40% of the cells hidden": 60,
     }  # fmt: skip
 
 
 def test_the_tables_of_the_page_are_what_the_results_say():
     rows = report.with_enough_seeds(report.read(report.RESULTS / "accuracy.csv"))
-    text = report.tables(rows)
+    found = report.sections(report.comparisons(rows))
     page = report.PAGE.read_text()
-    assert page.count("<!-- accuracy -->\n") == 1
-    assert report.between_markers(page, "accuracy", text) == page
+    for section in found:
+        assert page.count(f"<!-- {section} -->\n") == 1
+        assert (report.RESULTS / f"accuracy-{section}.png").exists()
+    assert report.rewritten(page, found) == page
 
 
 # Price
