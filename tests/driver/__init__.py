@@ -149,6 +149,7 @@ def installed(folder: Path) -> Iterator[Recorder]:
             yield recorder
         finally:
             torch.ops.sg_kernels.forget()
+            repeat.is_plain.cache_clear()  # which holds kernels
             gc.collect()  # kernels unload themselves from the active driver
             loaded.remove(recorder.describe)
 

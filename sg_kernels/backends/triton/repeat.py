@@ -11,8 +11,10 @@ import re
 from collections.abc import Iterator
 from enum import IntEnum
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +72,7 @@ class Slot(IntEnum):
     DRAWN = 24
 
 
+SLOTS = {slot.name.lower(): slot for slot in Slot}
 DIFFERENT = SaliencyMemory, Pairing, RowsMemory, Options, GraftMemory
 OUTPUTS = Slot.OUT, Slot.LAM, Slot.INDEX, Slot.MASK, Slot.SALIENCY, Slot.MIXED
 """Where the operator's outputs go, in their order."""
@@ -96,8 +99,9 @@ def keep(arguments: tuple[Any, ...], launches: list[Launch], outputs: Outputs) -
         return
     device = torch.cuda.current_device()
     kernels = [launch.compiled_for(given, device) for given in launches]
-    if all(map(_is_plain, kernels)):
-        encoded = torch.tensor([*functions, *_encode(launches, kernels, outputs)], device="cpu")
+    if all(map(is_plain, kernels)):
+        numbers = chain(functions, _encode(launches, kernels, outputs))
+        encoded = torch.from_numpy(np.fromiter(numbers, np.int64))
         _repeat(*arguments, launch.OVERLAP, encoded)
 
 
@@ -105,7 +109,8 @@ def can_repeat(images: Tensor) -> bool:
     return AVAILABLE and images.is_cuda and not launch.a_hook_listens()
 
 
-def _is_plain(kernel: Any) -> bool:
+@lru_cache
+def is_plain(kernel: Any) -> bool:
     """Whether the driver takes the parameters that we know of, and needs nothing else."""
     metadata, ptx = kernel.metadata, kernel.asm.get("ptx")
     asks_for_more = any(getattr(metadata, name, False) for name in EXTRAS)
@@ -141,22 +146,24 @@ def _encode(launches: list[Launch], kernels: list[Any], outputs: Outputs) -> Ite
     yield len(fresh)
     for slot, tensor in fresh.items():
         yield from (slot, tensor.dim(), *tensor.shape, tensor.dim(), *tensor.stride())
+    by_identity = {id(tensor): slot for slot, tensor in fresh.items()}
     yield len(launches)
     for given, kernel in zip(launches, kernels):
-        yield from _encode_launch(given, kernel, fresh, seed_on_host=memory.seed is None)
+        yield from _encode_launch(given, kernel, by_identity, seed_on_host=memory.seed is None)
 
 
 def _encode_launch(
-    given: Launch, kernel: Any, fresh: dict[Slot, Tensor], seed_on_host: bool
+    given: Launch, kernel: Any, fresh: dict[int, Slot], seed_on_host: bool
 ) -> Iterator[int]:
+    """``fresh``: the slots of what the call allocates, by the identity of the tensors."""
     yield from (kernel.function, *given.programs, given.threads)
     yield from (kernel.metadata.shared, kernel.metadata.launch_pdl)
     present = [field for field in _fields(given.arguments) if field[-1] is not None]
     yield len(present) + HIDDEN
     for group, name, value in present:
-        slot = next((slot for slot, tensor in fresh.items() if value is tensor), None)
+        slot = fresh.get(id(value))
         if slot is None and group in DIFFERENT:
-            slot = Slot.__members__.get(name.upper())
+            slot = SLOTS.get(name)
         if slot is Slot.HOST_SEED and not seed_on_host:
             slot = None
         yield from (Slot.LITERAL, value) if slot is None else (slot, 0)
