@@ -1,4 +1,6 @@
-"""What arrives at the driver through Triton's own launcher, argument by argument. Needs no GPU."""
+"""What arrives at the driver, argument by argument: through Triton's own launcher, and from calls
+that are repeated. Needs no GPU.
+"""
 
 import inspect
 import struct

@@ -2,9 +2,9 @@
 
     make host
 
-measures the Triton backend without a GPU: Triton's own launcher runs, on a driver that records
-launches instead of making them. A real driver adds the time of its own launch. Writes
-benchmarks/results/host.csv.
+measures the Triton backend without a GPU, on a driver that records launches instead of making them.
+Calls are repeated in C++ as on a GPU, or all made by Python, with Triton's own launcher. A real
+driver adds the time of its own launch. Writes benchmarks/results/host.csv.
 """
 
 import tempfile

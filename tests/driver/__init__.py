@@ -1,4 +1,4 @@
-"""Triton's own launcher without a GPU: a driver that records what arrives, see cuda.c."""
+"""Launches without a GPU, by Triton or repeated: a driver that records them, see cuda.c."""
 
 import ctypes
 import gc
