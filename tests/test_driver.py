@@ -3,7 +3,9 @@ that are repeated. Needs no GPU.
 """
 
 import inspect
+import re
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, get_type_hints
 
@@ -556,6 +558,14 @@ OTHER_LAYOUTS = {
     "dtype": 1,
 }
 SAME_LAYOUT = {"seed", "temperature", "threshold", "keep_prob", "prob", "label_smoothing"}
+
+
+def test_both_languages_count_the_slots_alike():
+    source = Path(__file__).parents[1].joinpath("csrc/triton/repeat.cpp").read_text()
+    body = re.search(r"enum Slot[^{]*\{(.*?)\};", source, re.DOTALL)[1]
+    *names, count = re.findall(r"\bk(\w+),", body)
+    assert count == "Slots"
+    assert names == [slot.name.title().replace("_", "") for slot in repeat.Slot]
 
 
 def test_a_layout_is_all_of_a_call_but_what_is_passed_on():
