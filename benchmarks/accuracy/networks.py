@@ -95,7 +95,7 @@ def small(channels: int, classes: int) -> Network:
 
 
 def wide(channels: int, classes: int, depth: int = 28, width: int = 10) -> Network:
-    """WRN-28-10 of Zagoruyko & Komodakis, 2016."""
+    """A wide ResNet of Zagoruyko & Komodakis, 2016: WRN-28-10."""
 
     def block(inputs: int, outputs: int, stride: int) -> Residual:
         # Where the size changes, the shortcut starts from the activated input too.
@@ -169,6 +169,7 @@ def by_timm(name: str, small_images: bool, channels: int, classes: int) -> nn.Mo
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "small": small,
     "small-shakedrop": partial(with_shakedrop, small),
+    "wrn-10-2": partial(wide, depth=10, width=2),
     "wrn-28-10": wide,
     "pyramidnet-200": pyramid,
     "pyramidnet-200-shakedrop": partial(with_shakedrop, pyramid),
