@@ -1,7 +1,8 @@
 """Builds the compiled backends, one library each for every CPython and every torch from 2.10 on.
 
-SG_KERNELS_CPP: 1 builds the CPU library, 0 builds nothing: a package of pure Python, whose CPU
-backend is the reference; auto (the default) builds it on Linux for x86-64 and arm64.
+SG_KERNELS_CPP: 1 builds the CPU library, and the one that repeats Triton's calls; 0 builds nothing:
+a package of pure Python, whose CPU backend is the reference; auto (the default) builds them on
+Linux for x86-64 and arm64.
 SG_KERNELS_CUDA: 1 builds the CUDA library, 0 does not; auto (the default) builds it if this torch
 could load it and there is an nvcc, and goes on without it if that fails. TORCH_CUDA_ARCH_LIST: the
 GPUs to build for, such as "9.0;10.0+PTX". SG_KERNELS_SANITIZE: the sanitizers to build the CPU
