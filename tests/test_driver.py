@@ -614,6 +614,16 @@ def test_a_kernel_with_a_parameter_more_is_not_repeated(repeating, monkeypatch):
         assert made_by_python(repeating)
 
 
+def test_a_kernel_whose_entry_is_not_found_is_not_repeated(repeating):
+    assert made_by_python(repeating)
+    kernel = next(iter(launch._compiled.values()))
+    assert repeat.is_plain(kernel)
+    ptx = kernel.asm["ptx"].replace(".entry", ".func")
+    for asm in ({}, {"ptx": ptx}):
+        other = SimpleNamespace(metadata=kernel.metadata, src=kernel.src, asm=asm)
+        assert not repeat.is_plain.__wrapped__(other)
+
+
 def test_python_makes_a_call_that_the_driver_refuses_to_repeat(repeating):
     assert made_by_python(repeating)
     repeating.recorder.take()

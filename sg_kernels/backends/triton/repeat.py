@@ -112,12 +112,12 @@ def can_repeat(images: Tensor) -> bool:
 @lru_cache
 def is_plain(kernel: Any) -> bool:
     """Whether the driver takes the parameters that we know of, and needs nothing else."""
-    metadata, ptx = kernel.metadata, kernel.asm.get("ptx")
+    metadata, ptx = kernel.metadata, kernel.asm.get("ptx", "")
+    entry = re.search(rf"\.entry {metadata.name}\((.*?)\)\n", ptx, re.DOTALL)
     asks_for_more = any(getattr(metadata, name, False) for name in EXTRAS)
-    if ptx is None or asks_for_more or metadata.num_ctas != 1:
+    if entry is None or asks_for_more or metadata.num_ctas != 1:
         return False
-    start = ptx.index(f".entry {metadata.name}(")
-    bits = re.findall(r"\.param \.[a-z](\d+)", ptx[start : ptx.index(")\n", start)])
+    bits = re.findall(r"\.param \.[a-z](\d+)", entry[1])
     types = [kind for *_, kind in _fields(tuple(kernel.src.signature.values()))]
     known = [BITS["*" if kind[0] == "*" else kind] for kind in types if kind != "constexpr"]
     return [int(count) for count in bits] == known + [BITS["*"]] * HIDDEN
