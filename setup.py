@@ -118,7 +118,7 @@ def cpu_library() -> Extension:
 
 def triton_library() -> Extension:
     """What repeats the Triton backend's calls; neither CUDA nor Triton is needed to build it."""
-    return host_library(TRITON, files("triton/*.cpp", "glibc.cpp"), [], [])
+    return host_library(TRITON, files("triton/*.cpp", "glibc.cpp"), files("tensor.h"), [])
 
 
 def check_compiler() -> None:

@@ -16,10 +16,12 @@
 #include <vector>
 
 #include "backend.h"
+#include "tensor.h"
 
 namespace sg_kernels::ops {
 namespace {
 
+using sg_kernels::dtype_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<std::int64_t>;
@@ -32,19 +34,11 @@ T* data_of(const Tensor& tensor) {
 // A fresh tensor on the device of `like`.
 Tensor empty_strided(
     const Tensor& like, const Sizes& sizes, const Sizes& strides, std::int32_t dtype) {
-  std::int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  const AOTITorchError error = aoti_torch_empty_strided(
-      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type,
-      like.get_device_index(), &handle);
-  if (error != AOTI_TORCH_SUCCESS) {
-    std::string shape;
-    for (const std::int64_t size : sizes)
-      shape += (shape.empty() ? "" : " x ") + std::to_string(size);
-    STD_TORCH_CHECK(false, "out of memory: no room for an output of ", shape, " elements");
-  }
-  return Tensor(handle);
+  if (const auto fresh = try_empty(like, sizes, strides, dtype)) return *fresh;
+  std::string shape;
+  for (const std::int64_t size : sizes)
+    shape += (shape.empty() ? "" : " x ") + std::to_string(size);
+  STD_TORCH_CHECK(false, "out of memory: no room for an output of ", shape, " elements");
 }
 
 Tensor empty(const Tensor& like, const Sizes& sizes, std::int32_t dtype) {
@@ -52,12 +46,6 @@ Tensor empty(const Tensor& like, const Sizes& sizes, std::int32_t dtype) {
   for (std::size_t d = sizes.size() - 1; d > 0; --d)
     strides[d - 1] = strides[d] * std::max<std::int64_t>(1, sizes[d]);
   return empty_strided(like, sizes, strides, dtype);
-}
-
-std::int32_t dtype_of(const Tensor& tensor) {
-  std::int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
 }
 
 // The page faults of a large fresh output cost more than writing it; huge pages take far fewer.

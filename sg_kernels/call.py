@@ -67,6 +67,12 @@ class Call(NamedTuple):
     dtype: int = 0
     """Index into DTYPES, of what images come out in with ``affine``; without it in their own."""
 
+    def source(self) -> Tensor:
+        """Features, or a ready map."""
+        source = self.saliency if self.features is None else self.features
+        assert source is not None
+        return source
+
     def out_dtype(self) -> torch.dtype:
         return self.images.dtype if self.affine is None else DTYPES[self.dtype]
 

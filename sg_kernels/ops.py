@@ -83,8 +83,6 @@ def _fake_saliency_graft(*args: Any) -> Outputs:
     call = Call(*args)
     images, batch = call.images, call.images.shape[0]
     rows = call.augmentations * batch
-    source = call.saliency if call.features is None else call.features
-    assert source is not None
     columns = 0 if call.targets is None else call.num_classes
     return Outputs(
         images=(
@@ -95,7 +93,7 @@ def _fake_saliency_graft(*args: Any) -> Outputs:
         lam=images.new_empty(rows, dtype=torch.float32),
         index=images.new_empty(rows, dtype=torch.int64),
         mask=images.new_empty((rows, *call.grid_size), dtype=torch.bool),
-        saliency=images.new_empty((batch, *source.shape[-2:]), dtype=torch.float32),
+        saliency=images.new_empty((batch, *call.source().shape[-2:]), dtype=torch.float32),
         targets=images.new_empty((rows, columns), dtype=torch.float32),
     )
 

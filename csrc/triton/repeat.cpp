@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "../tensor.h"
+
 namespace sg_kernels::triton {
 namespace {
 
@@ -180,12 +182,6 @@ class Memory {
 
 Memory memory;
 
-std::int32_t dtype_of(const Tensor& tensor) {
-  std::int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
 // Adds what a launch may depend on: dtype, device, sizes, strides and alignment.
 void describe(const Tensor& tensor, Numbers& layout) {
   constexpr std::uintptr_t kChunk = 16;  // bytes of the widest access
@@ -246,15 +242,9 @@ std::int32_t dtype_of_fresh(std::int64_t slot, std::int32_t images) {
 bool allocate(
     const Prepared& prepared, const Tensor& images, std::int32_t dtype, Values& values,
     std::array<MaybeTensor, kSlots>& tensors) {
-  std::int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(images.get(), &device_type));
   for (const auto& [slot, sizes, strides] : prepared.fresh) {
-    AtenTensorHandle handle;
-    const AOTITorchError error = aoti_torch_empty_strided(
-        static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
-        dtype_of_fresh(slot, dtype), device_type, images.get_device_index(), &handle);
-    if (error != AOTI_TORCH_SUCCESS) return false;
-    tensors[slot] = Tensor(handle);
+    tensors[slot] = try_empty(images, sizes, strides, dtype_of_fresh(slot, dtype));
+    if (!tensors[slot]) return false;
     // Where `out` is given, an empty tensor is returned in its place.
     if (values[slot] == 0) values[slot] = address(*tensors[slot]);
   }

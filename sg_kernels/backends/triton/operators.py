@@ -240,13 +240,11 @@ def saliency_graft(*args: Any) -> Outputs:
         return repeated
     call = Call(*args)
     images, out = call.images, call.out
-    source = call.features if call.saliency is None else call.saliency
-    assert source is not None
     if out is None:
         out = reference.empty_rows(images, call.augmentations * images.shape[0], call.out_dtype())
     planned = plan.saliency_graft(
         *_copy_layout(images, out),
-        *_layout(source),
+        *_layout(call.source()),
         call.saliency is not None,
         tuple(call.grid_size),
         multiprocessors(images.get_device()),
@@ -307,8 +305,7 @@ def _launch_1(planned: plan.Plan, call: Call, outputs: Outputs) -> Launch:
     """Sums the channels; draws the pairing and p."""
     block, sums = planned.saliency
     images, seed, batch = call.images, call.seed, planned.rows.batch
-    source = call.features if call.saliency is None else call.saliency
-    assert source is not None
+    source = call.source()
     partials, grid = outputs.saliency, None
     if sums.splits > 1:
         partials = images.new_empty(sums.splits, *partials.shape, dtype=torch.float32)
