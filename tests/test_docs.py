@@ -262,7 +262,7 @@ def test_prose_quotes_no_measured_figure(page):
 
 def test_the_generated_tables_have_their_markers():
     pages = {
-        "README.md": ["benchmarks"],
+        "README.md": ["benchmarks", "host"],
         "docs/performance.md": ["targets", "model"],
         "docs/accuracy.md": ["recipes", "methods", "options"],
     }

@@ -27,7 +27,7 @@ from benchmarks.speed.compare import (
     OVER_STANDARDIZING,
     TIME,
 )
-from benchmarks.speed.host import HOST_TIME, RECORDED
+from benchmarks.speed.host import BY_PYTHON, HOST_TIME, RECORDED
 from benchmarks.speed.measure import DEVICE_COUNTERS
 from benchmarks.speed.memory import LATER_PEAK, PEAK
 from benchmarks.speed.results import RESULTS, ROOT, Row, find, measured_on, read
@@ -209,7 +209,20 @@ def predictions(directory: Path) -> str:
     return f"{model.assumptions()}\n\n{markdown(model.table())}"
 
 
-TABLES = {"benchmarks": benchmarks, "targets": targets, "model": predictions}
+def host(directory: Path) -> str:
+    """The host's time of a call that is repeated, and of one that Python makes."""
+    rows = read(directory / "host.csv")
+    by_python = f"triton function{BY_PYTHON}{RECORDED}"
+    found = [find(rows, "tiny", name, HOST_TIME) for name in (RECORDING, RECORDING_RAW, by_python)]
+    call, operator, python = [shown(row.value, row.unit, 3) for row in found if row is not None]
+    return (
+        f"A call of `triton` takes {call} of the host's time, the raw operator alone {operator}; a "
+        f"call that Python launches takes {python}. Measured without a GPU, so without the "
+        f"driver's part, on {measured_on(rows.iloc[0])}."
+    )
+
+
+TABLES = {"benchmarks": benchmarks, "host": host, "targets": targets, "model": predictions}
 
 
 def shown(value: float, unit: str, ratio_digits: int = 2) -> str:
